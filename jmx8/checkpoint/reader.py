@@ -1,0 +1,240 @@
+"""Lazy reader of one safetensors file.
+
+The `safetensors` package cannot hand float8 or bfloat16 tensors to numpy, and memory
+mapping keeps every page that was touched resident. This reader checks the whole header
+when a file is opened and afterwards reads the rows that are asked for, nothing else.
+
+File format: 8 bytes, the little-endian length of the header; the header, a JSON object
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`; the data, to which the
+offsets are relative and which they must cover without overlap or holes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from .errors import CheckpointError, parse_json_object
+
+
+DTYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about one tensor.
+
+    Attributes:
+        name: Name in the file.
+        dtype: Its numpy dtype; bfloat16 and float8 are those of ml_dtypes.
+        shape: Its shape.
+        offset: First byte, counted from the start of the file.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape with all axes but the last merged: `[rows, columns]`."""
+        return math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been checked and whose data is on disk.
+
+    Attributes:
+        path: The file.
+        tensors: What the header says about each tensor, in the order of the data.
+        metadata: The header's `__metadata__`, empty if there is none.
+
+    Raises:
+        CheckpointError: If the header and the file do not fit together in every
+            respect; the message names the file and the tensor.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as file:
+                header, data_start = _read_header(file, self.path, size)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}") from None
+        self.metadata = _parse_metadata(header.pop("__metadata__", {}), self.path)
+        self.tensors = _parse_tensors(header, self.path, data_start, size)
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor as a new array of its own dtype and shape."""
+        info = self.tensors[name]
+        rows, _ = info.matrix_shape
+        return self.read_rows(name, 0, rows).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows `[start, stop)` of a tensor seen as a matrix.
+
+        Args:
+            name: Name of the tensor.
+            start: First row of the tensor with all axes but the last merged.
+            stop: One past the last row.
+
+        Returns:
+            New array `[stop - start, columns]`. Only these bytes are read.
+
+        Raises:
+            CheckpointError: If the file is shorter now than when it was opened.
+        """
+        info = self.tensors[name]
+        rows, columns = info.matrix_shape
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(
+                f"read_rows: rows must lie in [0, {rows}], got {start=}, {stop=}."
+            )
+        array = np.empty((stop - start, columns), info.dtype)
+        row_bytes = columns * info.dtype.itemsize
+        # readinto wants plain bytes; empty arrays have no byte view to read into.
+        if array.nbytes:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(info.offset + start * row_bytes)
+                _read_exactly(file, array.view(np.uint8).reshape(-1), self.path, name)
+        return array
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+
+def _read_exactly(file: Any, buffer: np.ndarray, path: Path, name: str) -> None:
+    view = buffer.data
+    while view:  # one read returns at most 2 GiB on Linux
+        count = file.readinto(view)
+        if not count:
+            raise CheckpointError(f"{path}: {name}: the file ends inside this tensor")
+        view = view[count:]
+
+
+def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """Returns the parsed header and the offset of the first byte of data."""
+    if size < 8:
+        raise CheckpointError(
+            f"{path}: not a safetensors file: {size} bytes, shorter than the length "
+            "field that every one starts with"
+        )
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER_BYTES or length > size - 8:
+        limit = min(_MAX_HEADER_BYTES, size - 8)
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or truncated: the header claims {length} "
+            f"bytes where at most {limit} can be"
+        )
+    data = file.read(length)
+    if len(data) != length:
+        raise CheckpointError(f"{path}: the file ends inside its header")
+    return parse_json_object(data, f"{path}: header"), 8 + length
+
+
+def _parse_metadata(value: Any, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(
+        isinstance(text, str) for text in value.values()
+    ):
+        raise CheckpointError(f"{path}: header: __metadata__ must map names to strings")
+    return value
+
+
+def _parse_tensors(
+    header: dict[str, Any], path: Path, data_start: int, size: int
+) -> dict[str, TensorInfo]:
+    """Returns every tensor of a header in the order of the data, or raises."""
+    ranges = []
+    for name, entry in header.items():
+        info, end = _parse_entry(name, entry, path, data_start)
+        if end > size:
+            raise CheckpointError(
+                f"{path}: {name}: its data ends at byte {end} and the file at byte "
+                f"{size}: truncated, or a wrong header"
+            )
+        ranges.append((info.offset, end, name, info))
+    ranges.sort(key=lambda item: item[:3])
+    position, previous = data_start, None
+    for begin, end, name, _ in ranges:
+        if begin < position:
+            raise CheckpointError(
+                f"{path}: {name}: its data overlaps that of {previous}"
+            )
+        if begin > position:
+            raise CheckpointError(
+                f"{path}: {name}: {begin - position} bytes before its data belong to "
+                "no tensor"
+            )
+        position, previous = end, name
+    if position != size:
+        raise CheckpointError(
+            f"{path}: {size - position} bytes at the end belong to no tensor"
+        )
+    return {name: info for _, _, name, info in ranges}
+
+
+def _parse_entry(
+    name: str, entry: Any, path: Path, data_start: int
+) -> tuple[TensorInfo, int]:
+    """Returns one tensor and where its data ends, counted from the file's start."""
+    where = f"{path}: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{where}: header must give dtype, shape and data_offsets"
+        )
+    dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise CheckpointError(
+            f"{where}: unknown dtype {dtype_name!r}; known: {', '.join(DTYPES)}"
+        )
+    if not _is_list_of_sizes(shape):
+        raise CheckpointError(
+            f"{where}: shape must be a list of non-negative sizes, got {shape!r}"
+        )
+    if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{where}: data_offsets must be [begin, end] with 0 <= begin <= end, got "
+            f"{offsets!r}"
+        )
+    begin, end = offsets
+    info = TensorInfo(name, DTYPES[dtype_name], tuple(shape), data_start + begin)
+    if info.nbytes != end - begin:
+        raise CheckpointError(
+            f"{where}: {dtype_name} of shape {list(shape)} takes {info.nbytes} bytes, "
+            f"data_offsets {offsets} hold {end - begin}"
+        )
+    return info, data_start + end
+
+
+def _is_list_of_sizes(value: Any) -> bool:
+    # bool is an int to isinstance, and `true` is no size.
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
