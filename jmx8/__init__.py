@@ -1,7 +1,16 @@
 """MXFP8 inference for JAX."""
 
+from . import nn as nn
 from ._mx_array import (
     dequantize as dequantize,
     MXArray as MXArray,
     quantize as quantize,
 )
+from .ops._dispatch import explain as explain, Explanation as Explanation
+from .ops.matmul import mx_matmul as mx_matmul, mx_matmul_w8a8 as mx_matmul_w8a8
+from .ops.moe import (
+    mx_moe as mx_moe,
+    mx_moe_w8a8 as mx_moe_w8a8,
+    SwiGLUOAI as SwiGLUOAI,
+)
+from .ops.routing import route as route

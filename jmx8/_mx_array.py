@@ -236,7 +236,9 @@ def _quantize_rows(x: Array) -> tuple[Array, Array]:
     inverse = jax.lax.bitcast_convert_type(
         jnp.where(zeroed, 0, (254 - codes) << 23), jnp.float32
     )
-    flushed = jnp.where(magnitude < _MIN_NORMAL_BITS, bits & jnp.uint32(0x80000000), bits)
+    flushed = jnp.where(
+        magnitude < _MIN_NORMAL_BITS, bits & jnp.uint32(0x80000000), bits
+    )
     normal = jax.lax.bitcast_convert_type(flushed, jnp.float32)
     scaled = jnp.clip(normal * inverse[..., None], -E4M3_MAX, E4M3_MAX)
     scaled = jnp.where(magnitude >= _INF_BITS, E4M3_MAX, scaled)

@@ -1,0 +1,52 @@
+"""Pure-XLA matmuls: run everywhere, and are the reference for the other backends."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from .._mx_array import dequantize, MXArray, quantize
+
+
+def matmul(
+    x: Float[Array, "*g m k"], w: MXArray, *, out_dtype: DTypeLike
+) -> Float[Array, "*g m n"]:
+    """Computes `x @ w.T` with exactly widened weights and float32 accumulation.
+
+    `w` is `[*g, n, k]`, neither padded nor transposed.
+    """
+    dtype = compute_dtype(x.dtype)
+    return dot_rows(x.astype(dtype), dequantize(w, dtype), out_dtype)
+
+
+def matmul_w8a8(
+    x: Float[Array, "*g m k"], w: MXArray, *, out_dtype: DTypeLike
+) -> Float[Array, "*g m n"]:
+    """As `matmul`, with the rows of `x` quantized too."""
+    return matmul(fake_quantize(x), w, out_dtype=out_dtype)
+
+
+def fake_quantize(x: Float[Array, "*g k"]) -> Float[Array, "*g k"]:
+    """Returns the values that `x` has after a round trip through MXFP8."""
+    return dequantize(quantize(x), x.dtype)
+
+
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype to multiply in: float16 has too few exponents for MXFP8."""
+    return jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+
+
+def dot_rows(
+    x: Float[Array, "*g m k"], w: Float[Array, "*g n k"], out_dtype: DTypeLike
+) -> Float[Array, "*g m n"]:
+    """Computes `x @ w.T` for each group, accumulated in float32."""
+    groups = tuple(range(x.ndim - 2))
+    contracted = (x.ndim - 1,)
+    out = jax.lax.dot_general(
+        x,
+        w,
+        ((contracted, contracted), (groups, groups)),
+        # bfloat16 products are exact in float32; this keeps float32 ones from TF32.
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(out_dtype)

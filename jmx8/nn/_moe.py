@@ -1,0 +1,200 @@
+"""Mixture-of-experts layers: router, and experts before and after conversion."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from .._device import resolve_activations
+from .._mx_array import MXArray, quantize
+from .._types import Activations
+from ..ops.moe import Activation, is_gated, mx_moe, mx_moe_w8a8
+from ..ops.routing import route, RoutingMethod
+
+
+class Experts(eqx.Module):
+    """The experts of an MoE layer, with ordinary weights.
+
+    Attributes:
+        w13: `[num_experts, 2 * intermediate_size, hidden_size]`, the rows of gate
+            before those of up; without the factor 2 for an activation without a gate.
+        w2: `[num_experts, hidden_size, intermediate_size]`.
+        w13_bias: `[num_experts, 2 * intermediate_size]`, or None.
+        w2_bias: `[num_experts, hidden_size]`, or None.
+        activation: Between the two matmuls.
+        apply_router_weight_on_input: Whether the routing weight multiplies the input.
+    """
+
+    w13: Array
+    w2: Array
+    w13_bias: Array | None = None
+    w2_bias: Array | None = None
+    activation: Activation = eqx.field(static=True, default="silu")
+    apply_router_weight_on_input: bool = eqx.field(static=True, default=False)
+
+    @classmethod
+    def init(
+        cls,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: Activation = "silu",
+        use_bias: bool = False,
+        apply_router_weight_on_input: bool = False,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ) -> "Experts":
+        """Returns experts with weights uniform in ±1/sqrt(fan-in), biases zero."""
+        rows = intermediate_size * (2 if is_gated(activation) else 1)
+        k13, k2 = jax.random.split(key)
+        dtype = jnp.float32 if dtype is None else dtype
+        return cls(
+            _uniform(k13, (num_experts, rows, hidden_size), dtype),
+            _uniform(k2, (num_experts, hidden_size, intermediate_size), dtype),
+            jnp.zeros((num_experts, rows), dtype) if use_bias else None,
+            jnp.zeros((num_experts, hidden_size), dtype) if use_bias else None,
+            activation,
+            apply_router_weight_on_input,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch h"],
+        topk_ids: Int[Array, "*batch k"],
+        topk_weights: Float[Array, "*batch k"],
+    ) -> Float[Array, "*batch h"]:
+        """Applies each token's experts; see `mx_moe`."""
+        return _apply(mx_moe, self, x, topk_ids, topk_weights)
+
+
+class MXExperts(eqx.Module):
+    """`Experts` with MXFP8 weights.
+
+    Attributes:
+        w13: As in `Experts`, an `MXArray` along `hidden_size`.
+        w2: As in `Experts`, an `MXArray` along `intermediate_size`.
+        w13_bias: As in `Experts`.
+        w2_bias: As in `Experts`.
+        activation: As in `Experts`.
+        apply_router_weight_on_input: As in `Experts`.
+        activations: "bf16" multiplies inputs as they are (W8A16), "mxfp8" quantizes
+            them first (W8A8), "auto" is "mxfp8" where the hardware multiplies MXFP8.
+    """
+
+    w13: MXArray
+    w2: MXArray
+    w13_bias: Array | None = None
+    w2_bias: Array | None = None
+    activation: Activation = eqx.field(static=True, default="silu")
+    apply_router_weight_on_input: bool = eqx.field(static=True, default=False)
+    activations: Activations = eqx.field(static=True, default="auto")
+
+    @classmethod
+    def from_experts(
+        cls, experts: Experts, *, activations: Activations = "auto"
+    ) -> "MXExperts":
+        """Returns the experts with their weights quantized along K."""
+        return cls(
+            quantize(experts.w13),
+            quantize(experts.w2),
+            experts.w13_bias,
+            experts.w2_bias,
+            experts.activation,
+            experts.apply_router_weight_on_input,
+            activations,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch h"],
+        topk_ids: Int[Array, "*batch k"],
+        topk_weights: Float[Array, "*batch k"],
+    ) -> Float[Array, "*batch h"]:
+        """Applies each token's experts; see `mx_moe` and `mx_moe_w8a8`."""
+        w8a8 = resolve_activations(self.activations) == "mxfp8"
+        op = mx_moe_w8a8 if w8a8 else mx_moe
+        return _apply(op, self, x, topk_ids, topk_weights)
+
+
+class SparseMoE(eqx.Module):
+    """A mixture-of-experts layer: router, experts, and shared experts if it has any.
+
+    Attributes:
+        gate: The router, `[num_experts, hidden_size]`; stays in its own dtype.
+        experts: `Experts`, or `MXExperts` after conversion.
+        correction_bias: `[num_experts]`, added to the scores for the choice; or None.
+        shared_expert: A module on vectors `[hidden_size]` that every token goes
+            through; its output is added. Or None.
+        shared_expert_gate: `[1, hidden_size]`; the sigmoid of its output multiplies
+            the shared expert's. None adds that as it is.
+        top_k: Experts per token.
+        method: As in `route`, and so are the following.
+        renormalize: See `route`.
+        num_groups: See `route`.
+        topk_groups: See `route`.
+        scaling_factor: See `route`.
+    """
+
+    gate: eqx.nn.Linear
+    experts: Experts | MXExperts
+    correction_bias: Array | None = None
+    shared_expert: Callable[[Array], Array] | None = None
+    shared_expert_gate: eqx.nn.Linear | None = None
+    top_k: int = eqx.field(static=True, kw_only=True)
+    method: RoutingMethod = eqx.field(static=True, default="softmax", kw_only=True)
+    renormalize: bool = eqx.field(static=True, default=True, kw_only=True)
+    num_groups: int = eqx.field(static=True, default=1, kw_only=True)
+    topk_groups: int = eqx.field(static=True, default=1, kw_only=True)
+    scaling_factor: float = eqx.field(static=True, default=1.0, kw_only=True)
+
+    def __call__(self, x: Float[Array, "*batch h"]) -> Float[Array, "*batch h"]:
+        """Routes each token and adds up what its experts return.
+
+        Args:
+            x: Tokens `[..., hidden_size]`.
+
+        Returns:
+            Array `[..., hidden_size]` of the dtype of `x`.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        topk_ids, topk_weights = route(
+            jax.vmap(self.gate)(tokens),
+            self.method,
+            self.top_k,
+            renormalize=self.renormalize,
+            correction_bias=self.correction_bias,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            scaling_factor=self.scaling_factor,
+        )
+        out = self.experts(tokens, topk_ids, topk_weights)
+        if self.shared_expert is not None:
+            shared = jax.vmap(self.shared_expert)(tokens)
+            if self.shared_expert_gate is not None:
+                shared = shared * jax.nn.sigmoid(
+                    jax.vmap(self.shared_expert_gate)(tokens)
+                )
+            out = out + shared
+        return out.reshape(x.shape)
+
+
+def _apply(op, experts, x, topk_ids, topk_weights):
+    return op(
+        x,
+        experts.w13,
+        experts.w2,
+        topk_ids,
+        topk_weights,
+        activation=experts.activation,
+        w13_bias=experts.w13_bias,
+        w2_bias=experts.w2_bias,
+        apply_router_weight_on_input=experts.apply_router_weight_on_input,
+    )
+
+
+def _uniform(key, shape, dtype):
+    bound = shape[-1] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

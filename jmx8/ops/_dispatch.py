@@ -1,0 +1,265 @@
+"""How an op picks its backend, batches, differentiates, and explains itself.
+
+Every op goes through `call`, in this order: a `custom_vjp` outermost, so that the
+gradient never depends on the backend; a `custom_vmap` inside it, so that a batch axis
+is folded into the operands; the choice of the backend last, so that it sees the shapes
+that the kernel will see.
+"""
+
+import collections
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._device import default_device
+from .._mx_array import MXArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: What a caller passes as `implementation`.
+        unsupported: Returns why the operands cannot run here, or None if they can.
+        run: Computes the op. Takes the same operands and options as `unsupported`.
+        reason: What speaks for it, as `explain` shows it.
+    """
+
+    name: str
+    unsupported: Callable[..., str | None]
+    run: Callable[..., Any]
+    reason: str
+
+
+def xla_backend(run: Callable[..., Any]) -> Backend:
+    """Returns the pure-XLA backend: the last in every list, since it never refuses."""
+    return Backend("xla", lambda *operands, **options: None, run, "runs everywhere")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operation with several backends.
+
+    Attributes:
+        name: The public function's name.
+        backends: In order of preference; the last one supports everything.
+        fold: The batching rule: `(axis_size, in_batched, *operands)` to folded
+            operands and a function that unfolds the result.
+        reference: Differentiated in place of the backend's kernel.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    fold: Callable[..., tuple[tuple[Any, ...], Callable[[Any], Any]]]
+    reference: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which backend an op runs for some operands, and why.
+
+    Attributes:
+        op: Name of the op, with the operands' types.
+        implementation: The backend that runs.
+        reason: Why it runs.
+        passed_over: Pairs of a preferred backend and why it cannot run.
+    """
+
+    op: str
+    implementation: str
+    reason: str
+    passed_over: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} -> {self.implementation}: {self.reason}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.passed_over]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the device, and each distinct choice with its count."""
+
+    device: str
+    choices: dict[Choice, int]
+
+    def __str__(self) -> str:
+        rows = [f"{count} x {choice}" for choice, count in self.choices.items()]
+        rows = rows or ["no jmx8 op is called"]
+        return "\n".join([f"device: {self.device}", *rows])
+
+
+_recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "jmx8_recorder", default=None
+)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Tells which backends `function(*args, **kwargs)` runs, and why; runs nothing.
+
+    Args:
+        function: An op of jmx8, a model, or any function that calls them. Give the
+            function itself and not `jax.jit(function)`, which is not traced again if it
+            already ran.
+        *args: Its arguments; `jax.ShapeDtypeStruct`s do in place of arrays.
+        **kwargs: Its keyword arguments, which stay as they are.
+
+    Returns:
+        An `Explanation`; `print` it.
+    """
+    with _recording() as choices:
+        eqx.filter_eval_shape(function, *args, **kwargs)
+    device = default_device()
+    return Explanation(
+        f"{device.platform} ({device.device_kind})", dict(collections.Counter(choices))
+    )
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[Choice]]:
+    choices: list[Choice] = []
+    token = _recorder.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorder.reset(token)
+
+
+def select(
+    op: Op, implementation: str | None, options: dict[str, Any], *operands: Any
+) -> tuple[Backend, Choice]:
+    """Returns the backend that runs `operands`.
+
+    Raises:
+        ValueError: If `implementation` is unknown.
+        NotImplementedError: If the named implementation cannot run these operands on
+            this device.
+    """
+    label = _label(op, operands)
+    names = [backend.name for backend in op.backends]
+    if implementation is not None and implementation not in names:
+        raise ValueError(
+            f"{op.name}: unknown implementation {implementation!r}; expected one of "
+            f"{names}, or None to choose."
+        )
+    passed_over = []
+    for backend in op.backends:
+        if implementation not in (None, backend.name):
+            continue
+        problem = backend.unsupported(*operands, **options)
+        if problem is None:
+            reason = backend.reason if implementation is None else "asked for by name"
+            return backend, Choice(label, backend.name, reason, tuple(passed_over))
+        passed_over.append((backend.name, problem))
+    raise NotImplementedError(
+        f"{label}: implementation {implementation!r} cannot run: {passed_over[0][1]}. "
+        "Pass implementation=None to choose one that can."
+    )
+
+
+def _describe(operand: Any) -> str:
+    if operand is None:
+        return "None"
+    if isinstance(operand, MXArray):
+        return f"MXArray({operand.dtype.name}[{','.join(map(str, operand.shape))}])"
+    return str(jax.typeof(operand))
+
+
+def _label(op: Op, operands: tuple[Any, ...]) -> str:
+    return f"{op.name}({', '.join(map(_describe, operands))})"
+
+
+def call(
+    op: Op, implementation: str | None, options: dict[str, Hashable], *operands: Any
+) -> Any:
+    """Runs `op` on operands that its public function has validated.
+
+    Args:
+        op: The op.
+        implementation: Name of a backend, or None.
+        options: Static keyword arguments of the backends and of the reference.
+        *operands: Arrays, `MXArray`s and None.
+
+    Returns:
+        The result; differentiable in the operands that are float arrays.
+    """
+    return _call(op, implementation, tuple(options.items()), operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _call(op, implementation, options, operands):
+    return _vmappable(op, implementation, options)(*operands)
+
+
+def _call_fwd(op, implementation, options, operands):
+    return _call(op, implementation, options, operands), operands
+
+
+def _call_bwd(op, implementation, options, operands, cotangent):
+    is_float = [_is_differentiable(operand) for operand in operands]
+
+    def reference(*floats):
+        remaining = iter(floats)
+        merged = [
+            next(remaining) if flag else operand
+            for flag, operand in zip(is_float, operands, strict=True)
+        ]
+        return op.reference(*merged, **dict(options))
+
+    floats = [x for flag, x in zip(is_float, operands, strict=True) if flag]
+    gradients = iter(jax.vjp(reference, *floats)[1](cotangent))
+    return (tuple(next(gradients) if flag else None for flag in is_float),)
+
+
+_call.defvjp(_call_fwd, _call_bwd)
+
+
+def _is_differentiable(operand: Any) -> bool:
+    return isinstance(operand, jax.Array) and jnp.issubdtype(operand.dtype, jnp.inexact)
+
+
+@functools.cache
+def _vmappable(op: Op, implementation: str | None, options: tuple):
+    @jax.custom_batching.custom_vmap
+    def run(*operands):
+        backend, choice = select(op, implementation, dict(options), *operands)
+        if (choices := _recorder.get()) is not None:
+            choices.append(choice)
+        with jax.named_scope(f"{op.name}[{backend.name}]"):
+            return backend.run(*operands, **dict(options))
+
+    @run.def_vmap
+    def rule(axis_size, in_batched, *operands):
+        _forget(_label(op, _drop_batch_axes(in_batched, operands)))
+        batched = [any(jax.tree.leaves(b)) for b in in_batched]
+        folded, unfold = op.fold(axis_size, batched, *operands)
+        out = unfold(run(*folded))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run
+
+
+def _drop_batch_axes(in_batched, operands):
+    """Returns the types of the operands as one element of the batch has them."""
+
+    def drop(batched, x):
+        return jax.ShapeDtypeStruct(x.shape[1:] if batched else x.shape, x.dtype)
+
+    return jax.tree.map(drop, tuple(in_batched), operands)
+
+
+def _forget(label: str) -> None:
+    """Drops the choice that was made for one element of a batch and never runs."""
+    choices = _recorder.get() or []
+    for i in reversed(range(len(choices))):
+        if choices[i].op == label:
+            del choices[i]
+            return

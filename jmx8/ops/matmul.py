@@ -1,0 +1,141 @@
+"""Products of activations and MXFP8 weights.
+
+`mx_matmul` takes the activations as they are (W8A16); `mx_matmul_w8a8` quantizes them
+to MXFP8 first. That changes the result, so these are two ops and not two
+implementations of one.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from .._mx_array import MXArray, set_matmul
+from .._types import Implementation
+from ..kernels import xla_matmul
+from . import _dispatch
+
+
+def _fold(axis_size, batched, x, w):
+    """Folds a batch axis of x into m, and one of w into a group axis."""
+    x_batched, w_batched = batched
+    if not w_batched:
+        # [b, *g, m, k] to [*g, b * m, k]: one call, with the weights read once.
+        m = x.shape[-2]
+        folded = jnp.moveaxis(x, 0, -3)
+        folded = folded.reshape(*folded.shape[:-3], axis_size * m, folded.shape[-1])
+
+        def unfold(out):
+            out = out.reshape(*out.shape[:-2], axis_size, m, out.shape[-1])
+            return jnp.moveaxis(out, -3, 0)
+
+        return (folded, w), unfold
+    if not x_batched:
+        x = jnp.broadcast_to(x, (axis_size, *x.shape))
+    return (x, w), lambda out: out
+
+
+_MATMUL = _dispatch.Op(
+    "mx_matmul",
+    (_dispatch.xla_backend(xla_matmul.matmul),),
+    _fold,
+    xla_matmul.matmul,
+)
+# Rounding has no useful derivative: the gradient is that of the unquantized product.
+_MATMUL_W8A8 = _dispatch.Op(
+    "mx_matmul_w8a8",
+    (_dispatch.xla_backend(xla_matmul.matmul_w8a8),),
+    _fold,
+    xla_matmul.matmul,
+)
+
+
+def mx_matmul(
+    x: Float[Array, "*batch k"],
+    w: MXArray,
+    *,
+    out_dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch n"]:
+    """Multiplies activations by MXFP8 weights (W8A16): `x @ w.T`.
+
+    The weights are widened exactly and the accumulation is float32. Differentiable
+    with respect to `x`. Under `jax.vmap` a batch axis of `x` becomes more rows of the
+    same product.
+
+    Args:
+        x: Activations `[..., k]`, bfloat16, float16 or float32.
+        w: Weights `[n, k]`, as a checkpoint stores them, or the transpose of such an
+            array: the contracted axis is the one that the blocks run along. With
+            leading axes, `[*g, n, k]`, `x` is `[*g, m, k]` and each group has its own
+            weights.
+        out_dtype: Dtype of the result; None for that of `x`.
+        implementation: Which backend runs. None chooses, see `explain`. A named one is
+            never replaced by another.
+
+    Returns:
+        Array `[..., n]` of `out_dtype`.
+
+    Raises:
+        TypeError: If `x` is not a float array or `w` not an `MXArray`.
+        ValueError: If shapes disagree, or `implementation` is unknown.
+        NotImplementedError: If the named implementation cannot run these operands on
+            this device; the message says why.
+    """
+    return _matmul(_MATMUL, x, w, out_dtype, implementation)
+
+
+def mx_matmul_w8a8(
+    x: Float[Array, "*batch k"],
+    w: MXArray,
+    *,
+    out_dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch n"]:
+    """Multiplies activations quantized to MXFP8 by MXFP8 weights: `q(x) @ w.T`.
+
+    `q` is `quantize` along k, with one scale per 32 activations. The gradient with
+    respect to `x` is that of `mx_matmul`, as if `x` had not been rounded. Otherwise
+    the arguments, the result and the errors are those of `mx_matmul`.
+    """
+    return _matmul(_MATMUL_W8A8, x, w, out_dtype, implementation)
+
+
+def _matmul(op, x, w, out_dtype, implementation):
+    _check_operands(op.name, x, w)
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if w.padding:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.padding)])
+    w = dataclasses.replace(w, padding=0, transposed=False)
+    # Backends see [*g, m, k] and [*g, n, k] only.
+    num_groups = w.ndim - 2
+    m = math.prod(x.shape[num_groups:-1])
+    rows = x.reshape(*x.shape[:num_groups], m, x.shape[-1])
+    out = _dispatch.call(op, implementation, {"out_dtype": out_dtype}, rows, w)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _check_operands(name, x, w):
+    if not isinstance(w, MXArray):
+        raise TypeError(
+            f"{name}: w must be an MXArray, got {type(w).__name__}. Use "
+            "`jmx8.quantize(w)` to make one."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name}: x must be a float array, got dtype {x.dtype}.")
+    k = w.elements.shape[-1] - w.padding
+    groups = w.elements.shape[:-2]
+    if w.ndim < 2 or x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(
+            f"{name}: the last axis of x must be k and w must be [..., n, k], got "
+            f"{x.shape=} and {w.shape=} with k={k}. Transpose or reshape x."
+        )
+    if groups and (x.ndim < w.ndim or x.shape[: len(groups)] != groups):
+        raise ValueError(
+            f"{name}: x must be [*g, m, k] for weights [*g, n, k], got {x.shape=} and "
+            f"{w.shape=}. Broadcast x over the groups, or use jax.vmap."
+        )
+
+
+set_matmul(mx_matmul)

@@ -1,0 +1,243 @@
+"""The experts' part of a mixture-of-experts layer, from routing result to output."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._mx_array import MXArray
+from .._types import Implementation
+from ..kernels import xla_moe
+from ..kernels.xla_activation import (
+    Activation as Activation,
+    apply_activation as apply_activation,
+    is_gated,
+    SwiGLUOAI as SwiGLUOAI,
+)
+from . import _dispatch
+
+
+Weights = MXArray | Float[Array, "e n k"]
+
+
+def _fold(axis_size, batched, x, w13, w2, ids, weights, w13_bias, w2_bias):
+    """Folds a batch axis of the tokens into t, and one of the weights into e."""
+    operands = [x, w13, w2, ids, weights, w13_bias, w2_bias]
+    is_token = [True, False, False, True, True, False, False]
+    grouped = any(b and not t for b, t in zip(batched, is_token, strict=True))
+    num_tokens, num_experts = x.shape[-2], w13.shape[-3]
+    for i, operand in enumerate(operands):
+        if operand is None or not (is_token[i] or grouped):
+            continue
+        fold = functools.partial(_merge_leading, axis_size, batched[i])
+        operands[i] = jax.tree.map(fold, operand)
+    if grouped:
+        # Element b of the batch has its experts from b * e on.
+        first = jnp.repeat(jnp.arange(axis_size) * num_experts, num_tokens)
+        ids = operands[3]
+        is_local = (ids >= 0) & (ids < num_experts)
+        operands[3] = jnp.where(is_local, ids + first[:, None].astype(ids.dtype), -1)
+    return tuple(operands), lambda out: out.reshape(axis_size, num_tokens, -1)
+
+
+def _merge_leading(axis_size, batched, a):
+    a = a if batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+    return a.reshape(axis_size * a.shape[1], *a.shape[2:])
+
+
+def _make_op(name: str, quantize_activations: bool) -> _dispatch.Op:
+    run = functools.partial(xla_moe.moe, quantize_activations=quantize_activations)
+    # The gradient is that of the unquantized activations, as for `mx_matmul_w8a8`.
+    reference = functools.partial(xla_moe.moe, quantize_activations=False)
+    return _dispatch.Op(name, (_dispatch.xla_backend(run),), _fold, reference)
+
+
+_MOE = _make_op("mx_moe", quantize_activations=False)
+_MOE_W8A8 = _make_op("mx_moe_w8a8", quantize_activations=True)
+
+
+def mx_moe(
+    x: Float[Array, "*batch h"],
+    w13: Weights,
+    w2: Weights,
+    topk_ids: Int[Array, "*batch k"],
+    topk_weights: Float[Array, "*batch k"],
+    *,
+    activation: Activation = "silu",
+    w13_bias: Float[Array, "e n"] | None = None,
+    w2_bias: Float[Array, "e h"] | None = None,
+    apply_router_weight_on_input: bool = False,
+    local_expert_offset: int = 0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch h"]:
+    """Applies each token's experts and sums their outputs by weight (W8A16).
+
+    For token t: the sum over its experts e of
+    `topk_weights * (w2[e] @ activation(w13[e] @ x + w13_bias[e]) + w2_bias[e])`.
+    Computes only what the routing asks for. Two runs give the same bits.
+    Differentiable with respect to `x`, `topk_weights`, the biases, and weights that are
+    ordinary arrays.
+
+    Args:
+        x: Tokens `[..., h]`, bfloat16, float16 or float32.
+        w13: First weights `[e, 2i, h]`, the rows of gate before those of up;
+            `[e, i, h]` for an activation without a gate. An `MXArray`, or an ordinary
+            array for the same layer before conversion.
+        w2: Second weights `[e, h, i]`, likewise.
+        topk_ids: Experts of each token, `[..., top_k]`; see `route`.
+        topk_weights: Their weights, `[..., top_k]`.
+        activation: Between the two matmuls.
+        w13_bias: `[e, 2i]` (`[e, i]`), or None.
+        w2_bias: `[e, h]`, or None.
+        apply_router_weight_on_input: Whether the weight multiplies the expert's input
+            instead of its output (Llama-4).
+        local_expert_offset: Id of the first expert that is here, for expert
+            parallelism. Ids outside `[offset, offset + e)` contribute nothing.
+        implementation: Which backend runs. None chooses, see `explain`. A named one is
+            never replaced by another.
+
+    Returns:
+        Array `[..., h]` of the dtype of `x`.
+
+    Raises:
+        TypeError: If dtypes are not floats, or ids not integers.
+        ValueError: If shapes disagree, or a name is unknown.
+        NotImplementedError: If the named implementation cannot run these operands on
+            this device; the message says why.
+    """
+    return _moe(
+        _MOE,
+        x,
+        w13,
+        w2,
+        topk_ids,
+        topk_weights,
+        w13_bias,
+        w2_bias,
+        activation=activation,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        local_expert_offset=local_expert_offset,
+        implementation=implementation,
+    )
+
+
+def mx_moe_w8a8(
+    x: Float[Array, "*batch h"],
+    w13: Weights,
+    w2: Weights,
+    topk_ids: Int[Array, "*batch k"],
+    topk_weights: Float[Array, "*batch k"],
+    *,
+    activation: Activation = "silu",
+    w13_bias: Float[Array, "e n"] | None = None,
+    w2_bias: Float[Array, "e h"] | None = None,
+    apply_router_weight_on_input: bool = False,
+    local_expert_offset: int = 0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch h"]:
+    """As `mx_moe`, with the inputs of both matmuls quantized to MXFP8 (W8A8).
+
+    The tokens are quantized along h before the first matmul, and the activation's
+    output, rounded to the dtype of `x`, along i before the second. Gradients are those
+    of `mx_moe`.
+    """
+    return _moe(
+        _MOE_W8A8,
+        x,
+        w13,
+        w2,
+        topk_ids,
+        topk_weights,
+        w13_bias,
+        w2_bias,
+        activation=activation,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        local_expert_offset=local_expert_offset,
+        implementation=implementation,
+    )
+
+
+def _moe(
+    op,
+    x,
+    w13,
+    w2,
+    topk_ids,
+    topk_weights,
+    w13_bias,
+    w2_bias,
+    *,
+    activation,
+    apply_router_weight_on_input,
+    local_expert_offset,
+    implementation,
+):
+    _check_dtypes(op.name, x, topk_ids, topk_weights)
+    _check_shapes(op.name, x, w13, w2, topk_ids, topk_weights, activation)
+    _check_biases(op.name, w13, w2, w13_bias, w2_bias)
+    batch, top_k = topk_ids.shape[:-1], topk_ids.shape[-1]
+    num_tokens = math.prod(batch)
+    # Backends see ids relative to the first local expert.
+    ids = topk_ids.reshape(num_tokens, top_k) - local_expert_offset
+    options = {
+        "activation": activation,
+        "apply_router_weight_on_input": apply_router_weight_on_input,
+    }
+    out = _dispatch.call(
+        op,
+        implementation,
+        options,
+        x.reshape(num_tokens, x.shape[-1]),
+        w13,
+        w2,
+        ids,
+        topk_weights.reshape(num_tokens, top_k),
+        w13_bias,
+        w2_bias,
+    )
+    return out.reshape(x.shape)
+
+
+def _check_dtypes(name, x, topk_ids, topk_weights):
+    for label, a, kind in (
+        ("x", x, jnp.floating),
+        ("topk_ids", topk_ids, jnp.integer),
+        ("topk_weights", topk_weights, jnp.floating),
+    ):
+        if not jnp.issubdtype(a.dtype, kind):
+            raise TypeError(
+                f"{name}: {label} must be of a {kind.__name__} dtype, got {a.dtype}."
+            )
+
+
+def _check_shapes(name, x, w13, w2, topk_ids, topk_weights, activation):
+    gated = is_gated(activation)
+    if w13.ndim != 3 or w2.ndim != 3:
+        raise ValueError(
+            f"{name}: w13 and w2 must have 3 axes, got {w13.shape=} and {w2.shape=}."
+        )
+    num_experts, hidden_size, intermediate_size = w2.shape
+    rows = intermediate_size * (2 if gated else 1)
+    if w13.shape != (num_experts, rows, hidden_size) or x.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{name}: with {activation=} and {w2.shape=}, w13 must be "
+            f"{(num_experts, rows, hidden_size)} and x [..., {hidden_size}], got "
+            f"{w13.shape=} and {x.shape=}."
+        )
+    if getattr(w13, "transposed", False) or getattr(w2, "transposed", False):
+        raise ValueError(f"{name}: w13 and w2 must be quantized along their last axis.")
+    if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{name}: topk_ids and topk_weights must be [..., top_k] for x [..., h], "
+            f"got {x.shape=}, {topk_ids.shape=} and {topk_weights.shape=}."
+        )
+
+
+def _check_biases(name, w13, w2, w13_bias, w2_bias):
+    for label, bias, w in (("w13_bias", w13_bias, w13), ("w2_bias", w2_bias, w2)):
+        if bias is not None and bias.shape != w.shape[:2]:
+            raise ValueError(
+                f"{name}: {label} must have shape {w.shape[:2]}, got {bias.shape}."
+            )
