@@ -8,6 +8,7 @@ from typing import Any
 
 
 _REQUIRED: Any = object()
+_MAX_NAME = 80
 _MAX_INT = 2**31 - 1  # array indices are int32
 
 
@@ -141,7 +142,7 @@ class Fields:
         """Raises if there are fields that were neither read nor known as harmless."""
         unknown = sorted(set(self.values) - self._read - set(harmless))
         if unknown:
-            names = ", ".join(reprlib.repr(name)[1:-1] for name in unknown[:8])
+            names = ", ".join(repr(name[:_MAX_NAME])[1:-1] for name in unknown[:8])
             raise ConfigError(
                 f"{names}: unknown {where}. A field that may change the model is not "
                 "ignored; remove it if it does not."

@@ -136,12 +136,15 @@ class Attention(eqx.Module):
         q = apply_rope(self.q_norm(heads(per_token(self.q_proj, x))), *rope)
         k = apply_rope(self.k_norm(heads(per_token(self.k_proj, x))), *rope)
         v = heads(per_token(self.v_proj, x))
-        if kv is None:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        else:
-            kv = _write(kv[0], k, positions), _write(kv[1], v, positions)
-            mask = _causal_mask(positions, kv[0].shape[1])
-            out = jax.nn.dot_product_attention(q, *kv, mask=mask)
+        mask = None
+        if kv is not None:
+            k, v = kv = _write(kv[0], k, positions), _write(kv[1], v, positions)
+            mask = _causal_mask(positions, k.shape[1])
+        # JAX's own function promotes bfloat16, which fails where promotion is strict.
+        with jax.numpy_dtype_promotion("standard"):
+            out = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=kv is None
+            )
         return per_token(self.o_proj, out.reshape(*out.shape[:2], -1)), kv
 
 
