@@ -1,0 +1,10 @@
+"""Loading of Hugging Face checkpoint folders."""
+
+from .errors import CheckpointError as CheckpointError
+from .folder import (
+    CheckpointFolder as CheckpointFolder,
+    open_folder as open_folder,
+    Source as Source,
+)
+from .load import load as load, LoadDtype as LoadDtype
+from .reader import SafetensorsFile as SafetensorsFile, TensorInfo as TensorInfo

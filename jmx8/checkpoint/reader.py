@@ -11,7 +11,7 @@ offsets are relative and which they must cover without overlap or holes.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -127,6 +127,22 @@ class SafetensorsFile:
                 file.seek(info.offset + start * row_bytes)
                 _read_exactly(file, array.view(np.uint8).reshape(-1), self.path, name)
         return array
+
+    def iter_rows(self, name: str, num_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields all rows of a tensor, as in `read_rows`, a few at a time.
+
+        Args:
+            name: Name of the tensor.
+            num_bytes: How many bytes to read at once, if a row is not more.
+
+        Yields:
+            The index of the first row, and the rows.
+        """
+        info = self.tensors[name]
+        rows, columns = info.matrix_shape
+        step = max(1, num_bytes // max(1, columns * info.dtype.itemsize))
+        for start in range(0, rows, step):
+            yield start, self.read_rows(name, start, min(start + step, rows))
 
     def __repr__(self) -> str:
         return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"

@@ -1,0 +1,113 @@
+"""The modules that a checkpoint asks not to convert."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+
+# What the list is called by Hugging Face and SGLang, by vLLM, by compressed-tensors and
+# newer ModelOpt, and by older ModelOpt.
+_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+
+
+def ignored_modules(
+    config: Mapping[str, Any], where: Path, modules: Mapping[str, Iterable[str]]
+) -> list[Callable[[str, Any], bool]]:
+    """Returns patterns of the parameters that a checkpoint's own lists exclude.
+
+    The lists are those of `quantization_config` in `config.json`. An entry is
+
+    - a regular expression after `re:`, which must match the start of a name;
+    - a glob if it has a `*` or `?`, which must match a whole name;
+    - otherwise a sequence of whole components of a name, dots between them:
+      `model.layers.0`, `self_attn.q_proj` and `lm_head` select what is inside, and
+      `mlp.gate` does not select `mlp.gate_proj`.
+
+    Names are those of tensors in the checkpoint, with and without the last component
+    (`.weight`) and with and without `model.` in front. A module is kept whole as soon
+    as one of its names is listed: one expert keeps all experts of its layer, which are
+    one stack and are converted together or not at all.
+
+    Args:
+        config: Content of `config.json`.
+        where: Path of that file, for messages.
+        modules: For every module's path, the names of its tensors.
+
+    Returns:
+        Functions of a parameter's path and value, one per entry that selects anything.
+        Their `__name__` says where the entry is.
+
+    Raises:
+        CheckpointError: If a list is not one of strings, or a regular expression is
+            malformed.
+    """
+    spellings = {path: _spellings(names) for path, names in modules.items()}
+    patterns = []
+    for key, entry in _entries(config, where):
+        matches = _compile(entry, f"{where}: quantization_config.{key}")
+        chosen = frozenset(
+            path for path, names in spellings.items() if any(map(matches, names))
+        )
+        if chosen:
+            patterns.append(_pattern(f"`{entry}` in {where.name}'s {key}", chosen))
+    return patterns
+
+
+def _entries(config: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return []
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{where}: quantization_config must be an object")
+    result = []
+    for key in _LISTS:
+        entries = quantization.get(key)
+        if entries is None:
+            continue
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, str) for entry in entries
+        ):
+            raise CheckpointError(
+                f"{where}: quantization_config.{key} must be a list of strings"
+            )
+        result += [(key, entry) for entry in entries]
+    return result
+
+
+def _spellings(names: Iterable[str]) -> list[str]:
+    """Returns a module's names in every form that a list may use."""
+    result = []
+    for name in names:
+        bare = name.removeprefix("model.")
+        result += dict.fromkeys(
+            (name, bare, name.rpartition(".")[0], bare.rpartition(".")[0])
+        )
+    return list(dict.fromkeys(result))
+
+
+def _compile(entry: str, where: str) -> Callable[[str], bool]:
+    if entry.startswith("re:"):
+        try:
+            expression = re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            raise CheckpointError(
+                f"{where}: {entry!r} is not a regular expression: {error}"
+            ) from None
+        return lambda name: expression.match(name) is not None
+    if "*" in entry or "?" in entry:
+        glob = re.compile(fnmatch.translate(entry))
+        return lambda name: glob.match(name) is not None
+    components = f".{entry.strip('.')}."
+    return lambda name: components in f".{name}."
+
+
+def _pattern(name: str, modules: frozenset[str]) -> Callable[[str, Any], bool]:
+    def is_listed(path: str, leaf: Any) -> bool:
+        return path.rpartition("/")[0] in modules
+
+    is_listed.__name__ = name
+    return is_listed

@@ -1,0 +1,244 @@
+"""`load`: from a Hugging Face checkpoint folder to a model in MXFP8."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, Literal, overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._mx_array import MXArray
+from .._types import Activations
+from ..convert import kept_row, Patterns, quantize_model, Report
+from ..models import ConfigError, Qwen3, Qwen3Config
+from .errors import CheckpointError
+from .folder import CheckpointFolder, open_folder
+from .ignore import ignored_modules
+from .names import NameTable, QWEN3
+from .plan import check_copies, make_plan, Plan
+from .statistics import Collector
+from .stream import Progress, read_parameters
+
+
+LoadDtype = Literal["mxfp8", "bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    config: type[Qwen3Config]
+    model: type[Qwen3]
+    names: NameTable
+
+
+_FAMILIES = {
+    "qwen3": _Family(Qwen3Config, Qwen3, QWEN3),
+    "qwen3_moe": _Family(Qwen3Config, Qwen3, QWEN3),
+}
+
+
+@overload
+def load(
+    folder: Path | str,
+    *,
+    dtype: LoadDtype = ...,
+    skip: Patterns = ...,
+    only: Patterns = ...,
+    activations: Activations = ...,
+    on_nonfinite: Literal["raise", "keep"] = ...,
+    progress: Progress | None = ...,
+    return_report: Literal[False] = ...,
+) -> Qwen3: ...
+
+
+@overload
+def load(
+    folder: Path | str,
+    *,
+    dtype: LoadDtype = ...,
+    skip: Patterns = ...,
+    only: Patterns = ...,
+    activations: Activations = ...,
+    on_nonfinite: Literal["raise", "keep"] = ...,
+    progress: Progress | None = ...,
+    return_report: Literal[True],
+) -> tuple[Qwen3, Report]: ...
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: LoadDtype = "mxfp8",
+    skip: Patterns = None,
+    only: Patterns = None,
+    activations: Activations = "auto",
+    on_nonfinite: Literal["raise", "keep"] = "raise",
+    progress: Progress | None = None,
+    return_report: bool = False,
+) -> Any:
+    """Loads a Hugging Face checkpoint folder and converts it on the way.
+
+    Tensors are read a few rows at a time, in the order in which they lie on disk, and
+    converted on the default device. The unconverted model is never in memory: the peak
+    is the size of the result and some chunks of 16 MiB. The tensors of the experts of a
+    layer become one stack.
+
+    The tensors of the checkpoint and the parameters of the model that `config.json`
+    describes must be the same, neither more nor fewer. Supported are `model_type` qwen3
+    and qwen3_moe, with weights in bfloat16, float16 or float32.
+
+    Args:
+        folder: Folder with `config.json` and `*.safetensors` files.
+        dtype: "mxfp8" converts the weights of linear layers and experts from the dtype
+            on disk, and everything else to bfloat16. "bfloat16" and "float32" convert
+            everything to that dtype and nothing to MXFP8.
+        skip: Patterns of layers to keep in bfloat16, besides `DEFAULT_SKIP` and what
+            `quantization_config` in `config.json` lists; see `quantize_model` and
+            `ignored_modules`.
+        only: Patterns of the layers to convert. `DEFAULT_SKIP` does not apply then;
+            `skip` and the checkpoint's lists do.
+        activations: See `quantize_model`.
+        on_nonfinite: "raise" refuses NaN and infinity in any weight; "keep" converts
+            them as `quantize` says.
+        progress: Called after every chunk with the bytes read so far, the bytes in all,
+            and the name of the tensor.
+        return_report: Whether to return a `Report` too, which costs one more pass over
+            what is converted.
+
+    Returns:
+        The model, or that and a report with one row per parameter. Dtypes and
+        `bytes_before` in it are those on disk.
+
+    Raises:
+        CheckpointError: If the folder does not hold such a model, whole and intact. All
+            tensors that are missing, unknown, given twice, or of the wrong shape or
+            dtype are in one error, and it is raised before any weight is read.
+        ValueError: If a pattern matches nothing, or an argument has no such value.
+    """
+    _check_arguments(dtype, skip, only, on_nonfinite)
+    checkpoint = open_folder(folder)
+    family = _family(checkpoint)
+    model, report = _abstract_model(checkpoint, family, dtype, skip, only, activations)
+    leaves = _leaves(model)
+    plan = make_plan(checkpoint, leaves, family.names)
+    check_copies(plan)
+    collector = Collector()
+    values = read_parameters(
+        plan,
+        leaves,
+        check_finite=on_nonfinite == "raise",
+        progress=progress,
+        on_chunk=collector.add if return_report else None,
+    )
+    model = jax.tree.unflatten(
+        jax.tree.structure(model, is_leaf=_is_mx_array),
+        [values[path] for path in leaves],
+    )
+    return (model, _finish(report, plan, collector)) if return_report else model
+
+
+def _check_arguments(dtype: Any, skip: Any, only: Any, on_nonfinite: Any) -> None:
+    if dtype not in get_args(LoadDtype):
+        raise ValueError(
+            f"load: dtype must be one of {get_args(LoadDtype)}, got {dtype!r}."
+        )
+    if on_nonfinite not in ("raise", "keep"):
+        raise ValueError(
+            f'load: on_nonfinite must be "raise" or "keep", got {on_nonfinite!r}.'
+        )
+    if dtype != "mxfp8" and not (skip is None and only is None):
+        raise ValueError(
+            f"load: skip and only choose what becomes MXFP8, got {dtype=}, which "
+            "converts nothing to it. Leave them out."
+        )
+
+
+def _family(checkpoint: CheckpointFolder) -> _Family:
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        got = "is missing" if model_type is None else f"{model_type!r} is not supported"
+        raise CheckpointError(
+            f"{checkpoint.config_path}: model_type {got}; supported: "
+            f"{', '.join(_FAMILIES)}"
+        )
+    return _FAMILIES[model_type]
+
+
+def _abstract_model(
+    checkpoint: CheckpointFolder,
+    family: _Family,
+    dtype: LoadDtype,
+    skip: Patterns,
+    only: Patterns,
+    activations: Activations,
+) -> tuple[Qwen3, Report]:
+    """Returns the model to be filled and what is converted in it, and why not."""
+    try:
+        config = family.config.from_hf(checkpoint.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.config_path}: {error}") from None
+    model = eqx.filter_eval_shape(
+        family.model,
+        config,
+        dtype=jnp.dtype(jnp.float32 if dtype == "float32" else jnp.bfloat16),
+        key=jax.random.key(0),
+    )
+    leaves = _leaves(model)
+    if dtype != "mxfp8":
+        rows = [kept_row(path, x, f"loaded as {dtype}") for path, x in leaves.items()]
+        return model, Report(tuple(rows))
+    modules: dict[str, list[str]] = {}
+    for path, leaf in leaves.items():
+        names = family.names.names(path, leaf.shape)
+        modules.setdefault(path.rpartition("/")[0], []).extend(names)
+    listed = ignored_modules(checkpoint.config, checkpoint.config_path, modules)
+    return quantize_model(
+        model,
+        skip=[*_as_list(skip), *listed],
+        only=only,
+        activations=activations,
+        return_report=True,
+    )
+
+
+def _as_list(patterns: Patterns) -> list[str | Callable[[str, Any], bool]]:
+    if patterns is None:
+        return []
+    if isinstance(patterns, str) or callable(patterns):
+        return [patterns]
+    return list(patterns)
+
+
+def _leaves(model: Any) -> dict[str, Any]:
+    """Returns the parameters by path, in tree order; an `MXArray` is one."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_mx_array)
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in leaves
+    }
+
+
+def _is_mx_array(node: Any) -> bool:
+    return isinstance(node, MXArray)
+
+
+def _finish(report: Report, plan: Plan, collector: Collector) -> Report:
+    """Returns the report of the abstract model with what was found on disk."""
+    dtypes: dict[str, set[str]] = {}
+    num_bytes: dict[str, int] = {}
+    for part in plan.parts:
+        info = part.source.info
+        dtypes.setdefault(part.path, set()).add(str(info.dtype))
+        num_bytes[part.path] = num_bytes.get(part.path, 0) + info.nbytes
+    return Report(
+        tuple(
+            dataclasses.replace(
+                row,
+                dtype="/".join(sorted(dtypes[row.path])),
+                bytes_before=num_bytes[row.path],
+                statistics=collector.statistics(row.path),
+            )
+            for row in report.rows
+        )
+    )
