@@ -4,7 +4,8 @@ import math
 
 from jaxtyping import Array
 
-from .._mx_array import E8M0_BIAS, MXArray
+from .._mx_array import MXArray
+from .._numerics import E8M0_BIAS
 from ..convert import Statistics
 from ..convert.report import _decibels, _measure_piece, _Piece
 
