@@ -312,10 +312,16 @@ INVALID = [
     ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling.factor .* >= 1, got 0.5"),
     ({"rope_scaling": YARN | {"beta_fast": 1}}, r"rope_scaling.beta_fast must exceed"),
     ({"rope_scaling": YARN | {"truncate": 1}}, r"rope_scaling.truncate must be true"),
-    ({"rope_scaling": YARN | {"type": "linear"}}, r"rope_scaling.rope_type .* contradi"),
+    (
+        {"rope_scaling": YARN | {"type": "linear"}},
+        r"rope_scaling.rope_type .* contradi",
+    ),
     ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor is not supported for ro"),
     ({"rope_scaling": YARN | {"new": 2.0}}, r"rope_scaling.new is not supported for"),
-    ({"rope_scaling": YARN | {"rope_theta": 5.0}}, r"rope_theta must agree with rope_s"),
+    (
+        {"rope_scaling": YARN | {"rope_theta": 5.0}},
+        r"rope_theta must agree with rope_",
+    ),
     (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
         r"rope_parameters.full_attention is not supported",

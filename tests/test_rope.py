@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
     Qwen3RotaryEmbedding,
 )
 
-import torch
 from jmx8.models import Qwen3Config
 from jmx8.nn._norm import RMSNorm
 from jmx8.nn._rope import apply_rope, rope_frequencies, rope_tables, RopeParameters

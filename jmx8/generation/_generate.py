@@ -103,7 +103,7 @@ def _advance(
     tokens: Int[Array, "b t"],
     lengths: Int[Array, "b"] | None,
     *,
-    treedef: jax.tree_util.PyTreeDef,
+    treedef: Any,
     row_keys: Key[Array, "b"],
     step: Int[Array, ""],
     temperature: Float[Array, ""] | None,
@@ -128,7 +128,7 @@ class _Texts:
         self._callback = callback
 
     def add(self, tokens: Int[Array, "b 1"]) -> bool:
-        """Adds a token to each row that has not stopped; returns whether any goes on."""
+        """Adds a token to each row that still runs; returns whether any goes on."""
         for row, token in enumerate(np.asarray(tokens)[:, 0].tolist()):
             self._running[row] &= token not in self._stop_tokens
             if self._running[row]:
@@ -139,7 +139,7 @@ class _Texts:
 
 
 def _bucket(length: int) -> int:
-    """Returns a size of at least `length` out of few: 16, 32, ..., 256, 512, 768, ..."""
+    """Returns a size of at least `length` out of 16, 32, ..., 256, 512, 768, ..."""
     if length > _MAX_DOUBLED_BUCKET:
         return -(-length // _MAX_DOUBLED_BUCKET) * _MAX_DOUBLED_BUCKET
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
@@ -182,7 +182,7 @@ def _check_prompts(model: Qwen3, prompts: list[list[int]], max_new_tokens: int) 
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"generate: prompt and continuation must not exceed the model's {limit} "
-            f"positions, got {longest} + {max_new_tokens}. Shorten the prompt, or lower "
+            f"positions, got {longest} + {max_new_tokens}. Shorten the prompt or lower "
             "max_new_tokens."
         )
 
@@ -194,9 +194,9 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
         )
     if top_k is not None and top_k < 1:
         raise ValueError(
-            f"generate: top_k must be at least 1, got {top_k}. Pass None for all tokens."
+            f"generate: top_k must be at least 1, got {top_k}. Pass None for all."
         )
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(
-            f"generate: top_p must be in (0, 1], got {top_p}. Pass None for all tokens."
+            f"generate: top_p must be in (0, 1], got {top_p}. Pass None for all."
         )

@@ -44,7 +44,7 @@ def filter_logits(
     top_k: int | None = None,
     top_p: Float[Array, ""] | float | None = None,
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """Returns the logits that `top_k` and `top_p` leave, likeliest first, and their ids.
+    """Returns the logits that `top_k` and `top_p` leave, likeliest first, and ids.
 
     Args:
         logits: `[b, v]`.

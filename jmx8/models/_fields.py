@@ -4,7 +4,7 @@ import math
 import reprlib
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 
 _REQUIRED: Any = object()
@@ -19,8 +19,8 @@ class ConfigError(ValueError):
 class Fields:
     """The fields of a JSON object; remembers which of them have been read.
 
-    A default makes a field optional. Every method that reads a field raises `ConfigError` if the value is missing,
-    of the wrong type, or out of range.
+    A default makes a field optional. Every method that reads a field raises
+    `ConfigError` if the value is missing, of the wrong type, or out of range.
 
     Attributes:
         values: The object itself.
@@ -60,7 +60,7 @@ class Fields:
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """Returns integers ≥ 0; one by itself counts as a list, null as an empty one."""
+        """Returns integers ≥ 0; one by itself is a list too, null an empty one."""
         value = self._get(name, None)
         items = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(item) is int and 0 <= item <= _MAX_INT for item in items):
@@ -79,8 +79,13 @@ class Fields:
         value = self._get(name, default)
         if value is None and default is not _REQUIRED:
             return default
-        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
-        if not is_number or value <= above or value < minimum:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not above < value
+            or not minimum <= value
+            or not abs(value) <= sys.float_info.max
+        ):
             limit = f" > {above:g}" if above > -math.inf else ""
             limit += f" >= {minimum:g}" if minimum > -math.inf else ""
             self._refuse(name, f"a number{limit}", value)
@@ -150,12 +155,12 @@ class Fields:
 
     def _get(self, name: str, default: Any) -> Any:
         self._read.add(name)
-        value = self.values.get(name, default)
+        value: Any = self.values.get(name, default)
         if value is _REQUIRED:
             raise ConfigError(f"{self.name(name)} is missing.")
         return value
 
-    def _refuse(self, name: str, expected: str, value: Any) -> None:
+    def _refuse(self, name: str, expected: str, value: Any) -> NoReturn:
         raise ConfigError(
             f"{self.name(name)} must be {expected}, got {reprlib.repr(value)}."
         )

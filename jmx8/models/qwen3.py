@@ -11,6 +11,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, PRNGKeyArray
 
 from .._mx_array import MXArray
@@ -276,21 +277,22 @@ class Qwen3(eqx.Module):
         return logits[:, 0] if last_only else logits, cache
 
     def _logits(self, x: Float[Array, "b t h"]) -> Float32[Array, "b t v"]:
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        if isinstance(head, MXLinear) or isinstance(head.weight, MXArray):
+        head = self.lm_head
+        if head is not None and isinstance(head.weight, MXArray):
             return per_token(head, x).astype(jnp.float32)
+        weight = self.embed_tokens.weight if head is None else head.weight
         # Rounding logits to bfloat16 would make ties of the likeliest tokens.
-        return jnp.einsum("bth,vh->btv", x, head.weight, preferred_element_type=jnp.float32)
+        return jnp.einsum("bth,vh->btv", x, weight, preferred_element_type=jnp.float32)
 
 
 def _check_fits(cache: KVCache, batch: int, time: int, lengths: Array) -> None:
     if cache.batch_size != batch:
         raise ValueError(
-            f"Qwen3: the cache must have a row for each row of tokens, got {batch} rows "
-            f"and a cache for {cache.batch_size}. Use `init_cache({batch}, ...)`."
+            f"Qwen3: the cache must have a row for each row of tokens, got {batch} "
+            f"rows and a cache for {cache.batch_size}. Use `init_cache({batch}, ...)`."
         )
     needed = time
-    if not isinstance(cache.lengths + lengths, jax.core.Tracer):
+    if not isinstance(cache.lengths + lengths, Tracer):
         needed = max(needed, int(jnp.max(cache.lengths + lengths)))
     if needed > cache.capacity:
         raise ValueError(

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..nn._rope import RopeParameters
 from ._fields import ConfigError, Fields
 
 
 # Hugging Face's name of each activation function, and ours.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -237,9 +237,7 @@ def _read_sizes(fields: Fields, model_type: str) -> dict[str, int]:
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
         "intermediate_size": fields.integer("intermediate_size"),
-        "num_hidden_layers": fields.integer(
-            "num_hidden_layers", maximum=_MAX_LAYERS
-        ),
+        "num_hidden_layers": fields.integer("num_hidden_layers", maximum=_MAX_LAYERS),
         "num_attention_heads": num_heads,
         kv_heads: num_heads if fields.is_null(kv_heads) else fields.integer(kv_heads),
         "head_dim": fields.integer("head_dim", default=head_dim),
@@ -298,7 +296,8 @@ def _read_rope(fields: Fields, max_position_embeddings: int) -> RopeParameters:
             f"{inner}."
         )
     rope.fixed("partial_rotary_factor", 1.0)
-    unknown = sorted(set(rope.values) - _ROPE_FIELDS["default"] - _ROPE_FIELDS[rope_type])
+    known = _ROPE_FIELDS["default"] | _ROPE_FIELDS[rope_type]
+    unknown = sorted(set(rope.values) - known)
     if unknown:
         raise ConfigError(
             f"{rope.name(unknown[0])} is not supported for rope_type {rope_type!r}."

@@ -142,9 +142,7 @@ class Attention(eqx.Module):
             mask = _causal_mask(positions, k.shape[1])
         # JAX's own function promotes bfloat16, which fails where promotion is strict.
         with jax.numpy_dtype_promotion("standard"):
-            out = jax.nn.dot_product_attention(
-                q, k, v, mask=mask, is_causal=kv is None
-            )
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=kv is None)
         return per_token(self.o_proj, out.reshape(*out.shape[:2], -1)), kv
 
 
