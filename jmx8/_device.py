@@ -1,18 +1,18 @@
 """What the default device is, read when a function is traced."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from ._types import Activations
 
 
-def default_device() -> jax.Device:
-    """Returns the device that computations run on unless told otherwise."""
-    device = jax.config.jax_default_device
-    if isinstance(device, jax.Device):
-        return device
-    return jax.local_devices(backend=device)[0]
+def default_device() -> Any:
+    """Returns the `jax.Device` that computations run on unless told otherwise."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device
 
 
 def compute_capability() -> tuple[int, int] | None:

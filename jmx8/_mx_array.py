@@ -15,20 +15,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Float8e4m3fn
-from ml_dtypes import finfo
 
+from ._numerics import BLOCK_SIZE as BLOCK_SIZE, dequantize_rows, quantize_rows
 from ._types import Float8e8m0fnu
-
-
-BLOCK_SIZE = 32  # OCP MX v1.0 fixes k = 32 for every concrete format.
-E4M3_MAX = float(finfo(jnp.float8_e4m3fn).max)  # 448
-E8M0_BIAS = 127
-
-_MIN_NORMAL_BITS = 0x00800000  # 2**-126 as float32
-_INF_BITS = 0x7F800000
-_MAX_MANTISSA_BITS = 0x600000  # 448 = 1.75 * 2**8, and 0.75 * 2**23 = 0x600000
-_MIN_SCALED_BITS = 0x04E00000  # 1.75 * 2**-118: below it amax / 448 is subnormal
 
 
 class MXArray(eqx.Module):
@@ -216,46 +207,8 @@ def quantize(x: Float[Array, "..."], *, axis: int = -1) -> MXArray:
     padding = -rows.shape[-1] % BLOCK_SIZE
     if padding:
         rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padding)])
-    elements, scales = _quantize_rows(rows)
+    elements, scales = quantize_rows(rows)
     return MXArray(elements, scales, padding, x.dtype, transposed)
-
-
-def _quantize_rows(x: Array) -> tuple[Array, Array]:
-    """Returns E4M3 elements and E8M0 scales of `[..., k]`, k a multiple of 32."""
-    *batch, k = x.shape
-    blocks = x.astype(jnp.float32).reshape(*batch, k // BLOCK_SIZE, BLOCK_SIZE)
-    bits = jax.lax.bitcast_convert_type(blocks, jnp.uint32)
-    magnitude = bits & jnp.uint32(0x7FFFFFFF)
-    is_nan = magnitude > _INF_BITS
-    amax = jnp.max(jnp.where(is_nan, 0, magnitude), axis=-1)
-    # The kernel's last step is `even > odd ? even : odd`, where an odd NaN wins.
-    odd_nan = jnp.all(is_nan[..., 1::2], axis=-1)
-    codes = _scale_codes(amax, odd_nan)
-    # 2**(127 - code), built from its bits; 0 where FlashInfer's flushes to zero.
-    zeroed = (codes == 0) | (codes >= 254)
-    inverse = jax.lax.bitcast_convert_type(
-        jnp.where(zeroed, 0, (254 - codes) << 23), jnp.float32
-    )
-    flushed = jnp.where(
-        magnitude < _MIN_NORMAL_BITS, bits & jnp.uint32(0x80000000), bits
-    )
-    normal = jax.lax.bitcast_convert_type(flushed, jnp.float32)
-    scaled = jnp.clip(normal * inverse[..., None], -E4M3_MAX, E4M3_MAX)
-    scaled = jnp.where(magnitude >= _INF_BITS, E4M3_MAX, scaled)
-    scaled = jnp.where(odd_nan[..., None], E4M3_MAX, scaled)
-    # Without the barrier XLA may fold this rounding into a later widening.
-    elements = jax.lax.optimization_barrier(scaled.astype(jnp.float8_e4m3fn))
-    scales = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.float8_e8m0fnu)
-    return elements.reshape(x.shape), scales
-
-
-def _scale_codes(amax: Array, is_nan: Array) -> Array:
-    """Returns the E8M0 codes, as int32, of float32 magnitudes given as bits."""
-    exponent = (amax >> 23).astype(jnp.int32)
-    codes = exponent - 8 + ((amax & 0x7FFFFF) > _MAX_MANTISSA_BITS).astype(jnp.int32)
-    codes = jnp.where(amax < _MIN_SCALED_BITS, 0, codes)
-    codes = jnp.where(amax == _INF_BITS, 254, codes)
-    return jnp.where(is_nan, 255, codes)
 
 
 def dequantize(w: MXArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
@@ -263,32 +216,19 @@ def dequantize(w: MXArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
 
     Args:
         w: MXFP8 array.
-        dtype: Dtype of the result. The value is exact in float32, and in bfloat16
-            unless it is below that format's smallest normal number.
+        dtype: Dtype of the result. The value is exact in float32 and in bfloat16,
+            unless it is below their smallest normal number, 2**-126.
 
     Returns:
         Array of `w.shape`, without the padding of K. Blocks of scale 0xFF are NaN.
     """
-    *batch, k = w.elements.shape
-    elements = w.elements.astype(jnp.float32).reshape(*batch, k // BLOCK_SIZE, -1)
-    codes = jax.lax.bitcast_convert_type(w.scales, jnp.uint8).astype(jnp.int32)
-    # 2**(code - 127) reaches outside float32's normal range; its two halves do not.
-    half = codes >> 1
-    first = _power_of_two(half - E8M0_BIAS // 2)
-    second = _power_of_two(codes - half - E8M0_BIAS // 2 - 1)
-    scale = jnp.where(codes == 255, jnp.nan, first)
-    values = (elements * scale[..., None]) * second[..., None]
-    values = values.reshape(*batch, k)[..., : k - w.padding].astype(dtype)
+    values = dequantize_rows(w.elements, w.scales)
+    values = values[..., : values.shape[-1] - w.padding].astype(dtype)
     return jnp.matrix_transpose(values) if w.transposed else values
 
 
-def _power_of_two(exponent: Array) -> Array:
-    """Returns 2**exponent as float32, exponent an int32 within [-126, 127]."""
-    return jax.lax.bitcast_convert_type((exponent + E8M0_BIAS) << 23, jnp.float32)
-
-
 def _is_abstract(x: Any) -> bool:
-    return not isinstance(x, (jax.Array, np.ndarray)) or isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray)
 
 
 def format_bytes(count: float) -> str:

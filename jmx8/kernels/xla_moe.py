@@ -21,7 +21,7 @@ from .xla_matmul import compute_dtype, dot_rows, fake_quantize
 
 
 # Bound on the widened weights that exist at one time on an accelerator.
-_CHUNK_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,18 @@ def select_tiling(
         expert_size: Weights of one expert.
         platform: As `jax.Device.platform` has it.
     """
-    # The smallest power of two that holds an expert's fair share.
     fair_share = -(-num_rows // num_experts)
-    tile_rows = min(max(8, 1 << (fair_share - 1).bit_length()), 512)
-    # On a CPU a step of one tile is one plain matmul with all threads behind it.
-    chunk_tiles = 1 if platform == "cpu" else max(1, _CHUNK_BYTES // (2 * expert_size))
-    return TilingConfig(tile_rows, chunk_tiles)
+    # The smallest power of two that holds an expert's fair share.
+    tile_rows = min(max(16, 1 << (fair_share - 1).bit_length()), 512)
+    if platform == "cpu":
+        # A step of one tile is one plain matmul with all threads behind it.
+        return TilingConfig(tile_rows, 1)
+    if fair_share <= 2:
+        # XLA fuses widening into a product with one row, and with no other.
+        tile_rows = 1
+    num_tiles = min(num_rows, max(num_experts, num_rows // tile_rows))
+    num_chunks = -(-num_tiles * 2 * expert_size // _CHUNK_BYTES)
+    return TilingConfig(tile_rows, -(-num_tiles // num_chunks))
 
 
 def moe(

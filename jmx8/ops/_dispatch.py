@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -134,7 +134,7 @@ def _recording() -> Iterator[list[Choice]]:
 
 
 def select(
-    op: Op, implementation: str | None, options: dict[str, Any], *operands: Any
+    op: Op, implementation: str | None, options: Mapping[str, Any], *operands: Any
 ) -> tuple[Backend, Choice]:
     """Returns the backend that runs `operands`.
 
@@ -178,7 +178,7 @@ def _label(op: Op, operands: tuple[Any, ...]) -> str:
 
 
 def call(
-    op: Op, implementation: str | None, options: dict[str, Hashable], *operands: Any
+    op: Op, implementation: str | None, options: Mapping[str, Hashable], *operands: Any
 ) -> Any:
     """Runs `op` on operands that its public function has validated.
 
