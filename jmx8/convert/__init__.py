@@ -16,7 +16,10 @@ from ._rules import Contract as Contract, DEFAULT_SKIP as DEFAULT_SKIP
 from .model import quantize_model as quantize_model
 from .params import quantize_params as quantize_params
 from .report import (
+    combine_pieces as combine_pieces,
     measure as measure,
+    measure_piece as measure_piece,
+    Piece as Piece,
     Report as Report,
     ReportRow as ReportRow,
     Statistics as Statistics,

@@ -92,11 +92,9 @@ class Rules:
 
     def decide(self, leaf: Leaf) -> Decision:
         """Returns the decision for a leaf that is an array."""
-        if self.layers_only and not is_layer_weight(leaf):
+        reason = reason_to_keep(leaf) or self._reason_not_chosen(leaf)
+        if not reason and self.layers_only and not is_layer_weight(leaf):
             reason = "not the weight of an eqx.nn.Linear or Experts"
-        else:
-            reason = reason_to_keep(leaf)
-        reason = reason or self._reason_not_chosen(leaf)
         if reason:
             return Decision(leaf, None, reason)
         known = _axis_of_layer(leaf)

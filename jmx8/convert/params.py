@@ -188,11 +188,7 @@ def _convert_all(
     decisions: Sequence[Decision], donate: bool, with_stats: bool
 ) -> list[tuple[Any, ReportRow]]:
     """Converts or keeps each leaf; one that comes twice is converted once."""
-    sources = [buffers(d.leaf.value) for d in decisions]
-    keys = [
-        (source, tuple(d.leaf.value.shape), str(d.leaf.value.dtype), d.axis)
-        for source, d in zip(sources, decisions, strict=True)
-    ]
+    keys = [_key(d) for d in decisions]
     # What still has to be read, and therefore cannot be freed.
     kept = frozenset().union(*(source for source, *_, axis in keys if axis is None))
     unread = Counter(
@@ -223,6 +219,12 @@ def _convert_all(
         ):
             free(d.leaf.value, after=result)
     return results
+
+
+def _key(d: Decision) -> tuple[frozenset[Any], tuple[int, ...], str, int | None]:
+    """Returns what is equal for leaves of which one conversion does."""
+    x = d.leaf.value
+    return buffers(x), tuple(x.shape), str(x.dtype), d.axis
 
 
 def _convert(d: Decision, with_stats: bool) -> tuple[Any, ReportRow]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._mx_array import dequantize, E8M0_BIAS, format_bytes, MXArray
+from .._mx_array import dequantize, format_bytes, MXArray
+from .._numerics import E8M0_BIAS
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,15 @@ class Report:
         return "\n".join([*table, "", self.summary()])
 
 
+class Piece(NamedTuple):
+    """What the statistics of a part of an array are made of, relative to its amax."""
+
+    signal: float
+    noise: float
+    amax: float
+    codes: tuple[int, ...]  # the smallest and the largest scale in use, if any
+
+
 def measure(x: Array, w: MXArray) -> Statistics:
     """Compares an array with its quantized form, in one pass over both.
 
@@ -153,9 +164,25 @@ def measure(x: Array, w: MXArray) -> Statistics:
     Returns:
         The statistics. Every term is float32, their sums are float64.
     """
-    pieces = [_measure_piece(*piece) for piece in _pieces(x, w)]
+    return combine_pieces([measure_piece(*piece) for piece in _pieces(x, w)])
+
+
+def measure_piece(x: Array, w: MXArray) -> Piece:
+    """Measures a part of an array on one device, for `combine_pieces`."""
+    signal, noise, amax, smallest, largest = jax.device_get(_sums(x, w))
+    # Row sums are added here: a float32 sum over an expert stack loses digits.
+    return Piece(
+        float(np.sum(signal, dtype=np.float64)),
+        float(np.sum(noise, dtype=np.float64)),
+        float(amax),
+        (int(smallest), int(largest)) if largest > 0 else (),
+    )
+
+
+def combine_pieces(pieces: Sequence[Piece]) -> Statistics:
+    """Returns the statistics of an array from those of all its parts, at least one."""
     amax = float(np.max([piece.amax for piece in pieces]))
-    # Sums of a piece are relative to its own amax, so that squares do not overflow.
+    # Each piece is relative to its own amax, so that squares do not overflow.
     factors = [(p.amax / amax) ** 2 if p.amax < amax else 1.0 for p in pieces]
     signal = math.fsum(p.signal * f for p, f in zip(pieces, factors, strict=True))
     noise = math.fsum(p.noise * f for p, f in zip(pieces, factors, strict=True))
@@ -183,24 +210,6 @@ def _pieces(x: Array, w: MXArray) -> list[tuple[Array, MXArray]]:
     return [(shard.data, local(shard.device)) for shard in shards]
 
 
-class _Piece(NamedTuple):
-    signal: float
-    noise: float
-    amax: float
-    codes: tuple[int, ...]  # the smallest and the largest scale in use
-
-
-def _measure_piece(x: Array, w: MXArray) -> _Piece:
-    signal, noise, amax, smallest, largest = jax.device_get(_sums(x, w))
-    # Row sums are added here: a float32 sum over an expert stack loses digits.
-    return _Piece(
-        float(np.sum(signal, dtype=np.float64)),
-        float(np.sum(noise, dtype=np.float64)),
-        float(amax),
-        (int(smallest), int(largest)) if largest > 0 else (),
-    )
-
-
 @jax.jit
 def _sums(x: Array, w: MXArray) -> tuple[Array, Array, Array, Array, Array]:
     x = x.astype(jnp.float32)
@@ -220,7 +229,8 @@ def _sums(x: Array, w: MXArray) -> tuple[Array, Array, Array, Array, Array]:
 def _decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else math.nan
+    # Two logarithms: a noise of infinity gives -inf, not a domain error.
+    return 10 * (math.log10(signal) - math.log10(noise)) if signal > 0 else math.nan
 
 
 def _json_value(value: Any) -> Any:
@@ -259,3 +269,7 @@ def _format_range(statistics: Statistics) -> str:
     if statistics.exponent_min is None:
         return "none"
     return f"{statistics.exponent_min}..{statistics.exponent_max}"
+
+
+_Piece = Piece
+_measure_piece = measure_piece
