@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -156,14 +157,10 @@ def test_equinox_modules_are_recognised_by_type():
 
 
 def test_subclass_of_an_equinox_layer_is_treated_like_it():
-    class Table(eqx.nn.Embedding):
-        pass
-
-    class Dense(eqx.nn.Linear):
-        pass
-
+    table: Any = type("Table", (eqx.nn.Embedding,), {})
+    dense: Any = type("Dense", (eqx.nn.Linear,), {})
     key = jax.random.key(0)
-    tree = [Table(50, 64, key=key), Dense(64, 32, key=key)]
+    tree = [table(50, 64, key=key), dense(64, 32, key=key)]
     assert converted_paths(quantize_params(tree)) == ["1/weight"]
 
 
@@ -247,6 +244,7 @@ def test_one_compilation_serves_equal_shapes():
     from jmx8.convert import _leaf
 
     tree = [{"weight": normal(i, (24, 72))} for i in range(5)]
-    before = _leaf._jitted_quantize._cache_size()
+    jitted: Any = _leaf._jitted_quantize
+    before = jitted._cache_size()
     quantize_params(tree)
-    assert _leaf._jitted_quantize._cache_size() == before + 1
+    assert jitted._cache_size() == before + 1

@@ -180,7 +180,7 @@ def test_axis_from_a_function_that_may_leave_it_to_inference():
 @pytest.mark.parametrize(
     "contract, text",
     [
-        (-3, "a: contract gives -3"),
+        (-3, "a: contract gives -3, not one of the last 2 axes of"),
         (0, "a: contract gives 0"),
         ({"a": True}, "a: contract gives True"),
         (lambda path, x: 1.0, "a: contract gives 1.0"),

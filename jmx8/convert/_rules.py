@@ -24,7 +24,13 @@ from ._walk import Leaf
 
 # The contracted axis of a leaf: for all of them, by pattern, or by function, which
 # returns None for a leaf whose axis is to be inferred.
-Contract = int | Mapping[Pattern, int] | Callable[[str, Any], int | None] | None
+Contract = (
+    int
+    | Mapping[str, int]
+    | Mapping[Pattern, int]
+    | Callable[[str, Any], int | None]
+    | None
+)
 
 # What is kept unless `only` asks for it: a reason and a pattern. Components of a path
 # may be separated by dots too, as in a flat dict of checkpoint names.
@@ -54,6 +60,10 @@ _KEPT_MODULES = (
 
 # Layers of this name are `[n, k]` in some models and GPT-2's `[k, n]` in others.
 _EITHER_WAY = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+
+
+# The problem of a leaf whose axis has to be stated; all such are listed together.
+AXIS_UNKNOWN = "contracted axis unknown"
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,16 @@ class Rules:
         stated = self._stated_axis(leaf)
         if stated is None:
             axis, reason = known or _axis_of_name(leaf) or (None, "")
-            problem = "" if axis else "unknown"
-            return Decision(leaf, axis, reason, problem)
+            return Decision(leaf, axis, reason, "" if axis else AXIS_UNKNOWN)
         axis = _normalize(stated, len(leaf.value.shape))
         if axis is None:
-            return Decision(leaf, None, "", f"contract gives {stated!r}")
+            shape = tuple(leaf.value.shape)
+            problem = (
+                f"contract gives {stated!r}, not one of the last 2 axes of {shape}."
+            )
+            return Decision(leaf, None, "", problem)
         if known and known[0] != axis:
-            problem = f"contract gives {stated}, but {known[1]} contracts {known[0]}"
+            problem = f"contract gives {stated}, but {known[1]} contracts {known[0]}."
             return Decision(leaf, None, "", problem)
         return Decision(leaf, axis, f"axis {axis} by contract")
 

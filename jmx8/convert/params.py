@@ -16,7 +16,7 @@ from ._leaf import (
     sharding_problem,
 )
 from ._patterns import Patterns
-from ._rules import Contract, Decision, make_rules, Rules
+from ._rules import AXIS_UNKNOWN, Contract, Decision, make_rules, Rules
 from ._walk import rebuild, walk
 from .report import Report, ReportRow
 
@@ -146,7 +146,7 @@ def _check(caller: str, rules: Rules, decisions: list[Decision]) -> None:
     mistakes = rules.mistakes(decisions)
     if mistakes:
         raise ValueError("\n".join(f"{caller}: {line}" for line in mistakes))
-    unknown = [d for d in decisions if d.problem == "unknown"]
+    unknown = [d for d in decisions if d.problem == AXIS_UNKNOWN]
     if unknown:
         lines = [f"  {d.leaf.path}  {tuple(d.leaf.value.shape)}" for d in unknown]
         raise ValueError(
