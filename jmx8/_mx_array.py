@@ -120,7 +120,7 @@ class MXArray(eqx.Module):
                 "its last axis, and this product would contract another one. Write "
                 "`x @ w.T`, or quantize a `[k, n]` weight with `quantize(w, axis=-2)`."
             )
-        return _matmul(x, self)
+        return _matmul(jnp.asarray(x), self)
 
     def __matmul__(self, x: Any) -> Array:
         """`w @ x`: contracts w's last axis, which must be K, with x's second-last."""
@@ -130,6 +130,7 @@ class MXArray(eqx.Module):
                 "run along its second-last axis, and this product would contract the "
                 "last one. Write `w.T @ x` or `x @ w`."
             )
+        x = jnp.asarray(x)
         if x.ndim == 1:
             return _matmul(x, self)
         return jnp.matrix_transpose(_matmul(jnp.matrix_transpose(x), self))
@@ -231,7 +232,7 @@ def _is_abstract(x: Any) -> bool:
     return isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray)
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """Returns a byte count as people write it: "51.0 MiB"."""
     if count < 1024:
         return f"{count:.0f} B"

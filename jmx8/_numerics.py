@@ -5,6 +5,8 @@ arithmetic on float32 bits and products with powers of two: float `log2` and `ex
 not exact on every device.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,12 @@ def quantize_rows(x: Array, *, for_gpu: bool | None = None) -> tuple[Array, Arra
     """
     if for_gpu is None:
         for_gpu = default_device().platform == "gpu"
+    return _quantize_rows(x, for_gpu)
+
+
+# Jitted so that a call outside `jit` is one fused program without float32 temporaries.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _quantize_rows(x: Array, for_gpu: bool) -> tuple[Array, Array]:
     *batch, k = x.shape
     blocks = x.reshape(*batch, k // BLOCK_SIZE, BLOCK_SIZE)
     amax, odd_is_nan = (_amax_gpu if for_gpu else _amax_cpu)(blocks)
@@ -46,6 +54,7 @@ def quantize_rows(x: Array, *, for_gpu: bool | None = None) -> tuple[Array, Arra
     return elements, jax.lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu)
 
 
+@functools.partial(jax.jit, inline=True)
 def dequantize_rows(elements: Array, scales: Array) -> Array:
     """Returns the float32 values `[..., k]`; exact unless below 2**-126."""
     *batch, k = elements.shape

@@ -216,10 +216,29 @@ def _call_bwd(op, implementation, options, operands, cotangent):
 
     floats = [x for flag, x in zip(is_float, operands, strict=True) if flag]
     gradients = iter(jax.vjp(reference, *floats)[1](cotangent))
-    return (tuple(next(gradients) if flag else None for flag in is_float),)
+    return (
+        tuple(
+            next(gradients) if flag else _no_gradient(operand)
+            for flag, operand in zip(is_float, operands, strict=True)
+        ),
+    )
 
 
 _call.defvjp(_call_fwd, _call_bwd)
+
+
+def _no_gradient(operand: Any) -> Any:
+    """Returns the cotangent of an operand that has none.
+
+    JAX's own zeros would do for all but E8M0, where they are NaN and would spoil a
+    gradient norm; its smallest value is as good as zero.
+    """
+    if not isinstance(operand, MXArray):
+        return None
+    smallest = lambda a: jax.lax.bitcast_convert_type(
+        jnp.zeros(a.shape, jnp.uint8), a.dtype
+    )
+    return jax.tree.map(smallest, operand)
 
 
 def _is_differentiable(operand: Any) -> bool:
