@@ -28,9 +28,9 @@ def assert_matmul_close(out: jax.Array, x: jax.Array, w: MXArray, *, acc_bits: i
     assert_within(out, x64 @ w64, np.abs(x64) @ np.abs(w64), acc_bits=acc_bits)
 
 
-def assert_within(out, exact, magnitude, *, acc_bits: int, roundings: float = 1):
-    """Checks |out - exact| <= roundings * eps(out) * |exact| + 2**-acc_bits * magnitude."""
-    rounding = roundings * float(jnp.finfo(out.dtype).eps) * np.abs(exact)
+def assert_within(out, exact, magnitude, *, acc_bits: int):
+    """Checks the error against `eps(out) * |exact|` and `2**-acc_bits * magnitude`."""
+    rounding = float(jnp.finfo(out.dtype).eps) * np.abs(exact)
     error = np.abs(np.asarray(out, np.float64) - exact)
     bound = rounding + 2.0**-acc_bits * magnitude
     assert np.all(error <= bound), f"error is {np.max(error / bound):.2f}x the bound"

@@ -19,9 +19,6 @@ from ..kernels.xla_activation import (
 from . import _dispatch
 
 
-Weights = MXArray | Float[Array, "e n k"]
-
-
 def _fold(axis_size, batched, x, w13, w2, ids, weights, w13_bias, w2_bias):
     """Folds a batch axis of the tokens into t, and one of the weights into e."""
     operands = [x, w13, w2, ids, weights, w13_bias, w2_bias]
@@ -60,10 +57,10 @@ _MOE_W8A8 = _make_op("mx_moe_w8a8", quantize_activations=True)
 
 def mx_moe(
     x: Float[Array, "*batch h"],
-    w13: Weights,
-    w2: Weights,
-    topk_ids: Int[Array, "*batch k"],
-    topk_weights: Float[Array, "*batch k"],
+    w13: MXArray | Float[Array, "e n h"],
+    w2: MXArray | Float[Array, "e h i"],
+    topk_ids: Int[Array, "*batch top_k"],
+    topk_weights: Float[Array, "*batch top_k"],
     *,
     activation: Activation = "silu",
     w13_bias: Float[Array, "e n"] | None = None,
@@ -125,10 +122,10 @@ def mx_moe(
 
 def mx_moe_w8a8(
     x: Float[Array, "*batch h"],
-    w13: Weights,
-    w2: Weights,
-    topk_ids: Int[Array, "*batch k"],
-    topk_weights: Float[Array, "*batch k"],
+    w13: MXArray | Float[Array, "e n h"],
+    w2: MXArray | Float[Array, "e h i"],
+    topk_ids: Int[Array, "*batch top_k"],
+    topk_weights: Float[Array, "*batch top_k"],
     *,
     activation: Activation = "silu",
     w13_bias: Float[Array, "e n"] | None = None,
@@ -208,7 +205,7 @@ def _check_dtypes(name, x, topk_ids, topk_weights):
     ):
         if not jnp.issubdtype(a.dtype, kind):
             raise TypeError(
-                f"{name}: {label} must be of a {kind.__name__} dtype, got {a.dtype}."
+                f"{name}: {label} must have a dtype of kind {kind.__name__}, got {a.dtype}."
             )
 
 
