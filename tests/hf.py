@@ -10,6 +10,8 @@ import transformers
 from jmx8.models import Qwen3, Qwen3Config
 
 
+torch.set_num_threads(1)  # more only get in each other's way at these sizes
+
 DENSE = {
     "vocab_size": 97,
     "hidden_size": 64,

@@ -18,7 +18,8 @@ PROMPTS = [[5, 17, 80, 2], [33], [9, 9, 1, 64, 20, 7, 11]]
 
 @functools.cache
 def _pair(kind: str):
-    hf_model = random_hf_model(seed=1, **{"dense": DENSE, "moe": MOE}[kind])
+    fields = {"dense": DENSE, "moe": MOE, "small": DENSE | {"num_hidden_layers": 1}}
+    hf_model = random_hf_model(seed=1, **fields[kind])
     return hf_model, from_hf(hf_model)
 
 
@@ -42,14 +43,14 @@ def test_greedy_equals_hugging_face(kind):
 
 
 def test_batch_equals_single_prompts():
-    _, model = _pair("dense")
-    batch = generate(model, PROMPTS, max_new_tokens=12)
+    _, model = _pair("small")
+    batch = generate(model, PROMPTS, max_new_tokens=20)
     for prompt, row in zip(PROMPTS, batch, strict=True):
-        assert generate(model, [prompt], max_new_tokens=12) == [row]
+        assert generate(model, [prompt], max_new_tokens=20) == [row]
 
 
 def test_stop_tokens_end_a_row_and_are_not_returned():
-    _, model = _pair("dense")
+    _, model = _pair("small")
     full = generate(model, PROMPTS, max_new_tokens=12)
     stop = full[0][4]
     cut = lambda row: row[: row.index(stop)] if stop in row else row
@@ -69,8 +70,8 @@ def test_stop_tokens_end_a_row_and_are_not_returned():
 
 
 def test_generation_ends_when_all_rows_have_stopped(monkeypatch):
-    _, model = _pair("dense")
-    first_tokens = [row[0] for row in generate(model, PROMPTS, max_new_tokens=1)]
+    _, model = _pair("small")
+    first_tokens = [row[0] for row in generate(model, PROMPTS, max_new_tokens=12)]
     steps = []
 
     def counting(*args, **kwargs):
@@ -84,30 +85,30 @@ def test_generation_ends_when_all_rows_have_stopped(monkeypatch):
 
 
 def test_callback_gets_tokens_step_by_step():
-    _, model = _pair("dense")
+    _, model = _pair("small")
     seen = []
     rows = generate(
         model,
         PROMPTS,
-        max_new_tokens=3,
+        max_new_tokens=10,
         callback=lambda row, token: seen.append((row, token)),
     )
-    assert seen == [(row, rows[row][step]) for step in range(3) for row in range(3)]
+    assert seen == [(row, rows[row][step]) for step in range(10) for row in range(3)]
 
 
 def test_exception_of_the_callback_ends_the_generation():
-    _, model = _pair("dense")
+    _, model = _pair("small")
 
     def callback(row, token):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(model, PROMPTS, max_new_tokens=3, callback=callback)
+        generate(model, PROMPTS, max_new_tokens=10, callback=callback)
 
 
 def test_seeds():
-    _, model = _pair("dense")
-    draw = functools.partial(generate, model, max_new_tokens=8, temperature=1.0)
+    _, model = _pair("small")
+    draw = functools.partial(generate, model, max_new_tokens=10, temperature=1.0)
     rows = draw(PROMPTS, seed=3)
     assert rows == draw(PROMPTS, seed=3)
     assert rows != draw(PROMPTS, seed=4)
@@ -117,14 +118,12 @@ def test_seeds():
     assert same[0] == rows[0] and same[1] != same[0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}]
-)
+@pytest.mark.parametrize("options", [{"temperature": 1e-30}, {"top_k": 1}])
 def test_narrow_sampling_is_greedy(options):
-    _, model = _pair("dense")
+    _, model = _pair("small")
     options = {"temperature": 2.0} | options
-    expected = generate(model, PROMPTS, max_new_tokens=5)
-    assert generate(model, PROMPTS, max_new_tokens=5, **options) == expected
+    expected = generate(model, PROMPTS, max_new_tokens=10)
+    assert generate(model, PROMPTS, max_new_tokens=10, **options) == expected
 
 
 def test_lengths_and_temperatures_do_not_compile_again(monkeypatch):
@@ -147,7 +146,7 @@ def test_lengths_and_temperatures_do_not_compile_again(monkeypatch):
 
 
 def test_cache_is_donated():
-    _, model = _pair("dense")
+    _, model = _pair("small")
     cache = model.init_cache(1, 16)
     leaves, treedef = jax.tree.flatten(model)
     _, new = _advance(
@@ -167,7 +166,7 @@ def test_cache_is_donated():
 
 
 def test_all_positions_can_be_used():
-    hf_model, model = _pair("dense")
+    hf_model, model = _pair("small")
     assert model.config.max_length == 128
     prompt = np.random.default_rng(0).integers(0, 97, 120).tolist()
     assert generate(model, [prompt], max_new_tokens=8) == [
@@ -201,7 +200,7 @@ def test_buckets_are_few():
     ],
 )
 def test_bad_arguments_are_refused(prompts, options, message):
-    _, model = _pair("dense")
+    _, model = _pair("small")
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **({"max_new_tokens": 2} | options))
 

@@ -1,5 +1,6 @@
 """Qwen3 against Hugging Face's implementation, in float32 on random small models."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -25,30 +26,33 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+ONE_LAYER = {"num_hidden_layers": 1}
 MODELS = {
     "dense": DENSE,
-    "dense_tied_wide_heads": DENSE | {"tie_word_embeddings": True, "head_dim": 24},
+    "dense_tied_wide_heads": DENSE
+    | ONE_LAYER
+    | {"tie_word_embeddings": True, "head_dim": 24},
     "dense_bias_one_kv_head": DENSE
+    | ONE_LAYER
     | {"attention_bias": True, "num_key_value_heads": 1, "rms_norm_eps": 0.1},
     "dense_linear_rope_all_kv_heads": DENSE
+    | ONE_LAYER
     | {
         "num_key_value_heads": 4,
         "hidden_act": "gelu_pytorch_tanh",
         "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
     },
-    "dense_yarn": DENSE | {"rope_parameters": YARN},
+    "dense_yarn": DENSE | ONE_LAYER | {"rope_parameters": YARN},
     "moe": MOE,
-    "moe_no_norm_tied": MOE | {"norm_topk_prob": False, "tie_word_embeddings": True},
+    "moe_no_norm_tied": MOE
+    | ONE_LAYER
+    | {"norm_topk_prob": False, "tie_word_embeddings": True},
     "moe_mlp_only_layers_top_1": MOE
-    | {"num_hidden_layers": 3, "mlp_only_layers": [0, 2], "num_experts_per_tok": 1},
+    | {"mlp_only_layers": [1], "num_experts_per_tok": 1, "norm_topk_prob": False},
     "moe_sparse_step_narrow_heads": MOE
-    | {
-        "num_hidden_layers": 3,
-        "decoder_sparse_step": 2,
-        "head_dim": 8,
-        "hidden_act": "gelu",
-    },
-    "moe_all_experts_yarn": MOE
+    | {"decoder_sparse_step": 2, "head_dim": 8, "hidden_act": "gelu"},
+    "moe_all_experts_yarn_bias": MOE
+    | ONE_LAYER
     | {"num_experts_per_tok": 8, "rope_parameters": YARN, "attention_bias": True},
 }
 
@@ -100,14 +104,32 @@ def test_ragged_prefill_and_cached_decode_match_hugging_face(name):
     assert cache.lengths.tolist() == [n + NUM_DECODE_STEPS for n in PROMPT_LENGTHS]
 
 
-@pytest.mark.parametrize("name", ["dense_yarn", "moe"])
-def test_forward_without_cache_matches_hugging_face(name):
-    hf_model, model = _pair(name)
+def test_forward_without_cache_matches_hugging_face():
+    hf_model, model = _pair("moe")
     text = _texts()[1]
     logits, cache = prefill(model, jnp.array([text]))
     assert cache is None
     assert logits.dtype == jnp.float32
     _assert_parity(logits[0], hf_logits(hf_model, text))
+
+
+def test_prompts_in_pieces_match_hugging_face():
+    hf_model, model = _pair("dense")
+    texts = _texts()
+    cache = model.init_cache(len(texts), CAPACITY)
+    start = [0] * len(texts)
+    for lengths in (PROMPT_LENGTHS, (10, 1, 12)):
+        end = [i + n for i, n in zip(start, lengths, strict=True)]
+        tokens = np.zeros((len(texts), PADDED_LENGTH), np.int32)
+        for row, text in enumerate(texts):
+            tokens[row, : lengths[row]] = text[start[row] : end[row]]
+        logits, cache = prefill(
+            model, jnp.asarray(tokens), cache, lengths=jnp.array(lengths)
+        )
+        for row, text in enumerate(texts):
+            expected = hf_logits(hf_model, text[: end[row]])[start[row] :]
+            _assert_parity(logits[row, : lengths[row]], expected)
+        start = end
 
 
 def test_what_the_padding_is_does_not_matter():
@@ -118,47 +140,38 @@ def test_what_the_padding_is_does_not_matter():
     outputs = []
     for padding in (3, 96):
         padded = jnp.where(is_padding, padding, tokens)
-        cache = model.init_cache(3, PADDED_LENGTH + 1)
+        cache = model.init_cache(3, CAPACITY)
         _, cache = prefill(model, padded, cache, lengths=lengths)
         outputs.append(prefill(model, following, cache, last_only=True)[0])
     np.testing.assert_array_equal(*outputs)
 
 
-def test_prompt_in_pieces_equals_prompt_at_once():
-    _, model = _pair("dense")
-    tokens = jnp.array([_texts()[1], _texts()[1][::-1]])
-    whole, _ = prefill(model, tokens)
-    cache = model.init_cache(2, CAPACITY)
-    pieces = []
-    for piece in jnp.split(tokens, [9, 20], axis=1):
-        logits, cache = prefill(model, piece, cache)
-        pieces.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=1e-4)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_last_only_picks_the_last_real_token(cached):
+def test_last_only_picks_the_last_real_token():
     _, model = _pair("dense")
     tokens, lengths = _padded_prompts(_texts()), jnp.array(PROMPT_LENGTHS)
-    cache = model.init_cache(3, CAPACITY) if cached else None
-    every, _ = prefill(model, tokens, cache, lengths=lengths)
-    last, _ = prefill(model, tokens, cache, lengths=lengths, last_only=True)
+
+    @eqx.filter_jit
+    def forward(model):
+        every, _ = model(tokens)
+        last, _ = model(tokens, lengths=lengths, last_only=True)
+        last_of_all, _ = model(tokens, last_only=True)
+        return every, last, last_of_all
+
+    every, last, last_of_all = forward(model)
     np.testing.assert_allclose(last, every[jnp.arange(3), lengths - 1], atol=1e-5)
-    if not cached:
-        last, _ = prefill(model, tokens, last_only=True)
-        np.testing.assert_allclose(last, every[:, -1], atol=1e-5)
+    np.testing.assert_allclose(last_of_all, every[:, -1], atol=1e-5)
 
 
 def test_full_row_is_not_overwritten():
     # Under jit the lengths are unknown, so a token too many cannot be refused. It must
     # not end up in the place of another.
     _, model = _pair("dense")
-    cache = model.init_cache(1, 4)
-    _, cache = prefill(model, jnp.array([[1, 2, 3, 4]]), cache)
-    _, after = prefill(model, jnp.array([[5]]), cache)
-    pairs = zip(cache.keys + cache.values, after.keys + after.values, strict=True)
-    for before, now in pairs:
-        np.testing.assert_array_equal(before, now)
+    cache = model.init_cache(3, CAPACITY)
+    cache = dataclasses.replace(cache, lengths=jnp.array([CAPACITY, 3, CAPACITY + 1]))
+    _, after = prefill(model, jnp.ones((3, 1), jnp.int32), cache, last_only=True)
+    for keys in after.keys + after.values:
+        occupied = np.any(np.asarray(keys) != 0, axis=(2, 3))
+        assert np.argwhere(occupied).tolist() == [[1, 3]]
 
 
 def test_cache_that_cannot_hold_the_tokens_is_refused():
@@ -170,7 +183,7 @@ def test_cache_that_cannot_hold_the_tokens_is_refused():
         model(tokens, cache)
     with pytest.raises(ValueError, match=message):
         prefill(model, tokens, cache)
-    _, cache = prefill(model, tokens[:, :3], cache)
+    cache = dataclasses.replace(cache, lengths=jnp.array([0, 3]))
     with pytest.raises(ValueError, match=message):
         model(tokens[:, :2], cache)
     with pytest.raises(ValueError, match="got 1 rows and a cache for 2"):
@@ -179,15 +192,15 @@ def test_cache_that_cannot_hold_the_tokens_is_refused():
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_bfloat16_model_computes_in_bfloat16(name):
-    _, model = _pair(name)
+    hf_model, model = _pair(name)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-    tokens, cache = jnp.array([_texts()[0]]), narrow.init_cache(1, CAPACITY)
-    logits, cache = prefill(narrow, tokens, cache)
+    text = _texts()[0]
+    cache = narrow.init_cache(1, CAPACITY)
+    logits, cache = prefill(narrow, jnp.array([text]), cache)
     assert logits.dtype == jnp.float32
     assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype(jnp.bfloat16)}
-    expected, _ = prefill(model, tokens)
-    correlation = np.corrcoef(np.ravel(logits), np.ravel(expected))[0, 1]
-    assert correlation > 0.99
+    expected = hf_logits(hf_model, text)
+    assert np.corrcoef(np.ravel(logits), np.ravel(expected))[0, 1] > 0.99
     # Logits are not multiples of a bfloat16 step.
     assert np.any(np.asarray(logits) != np.asarray(logits.astype(jnp.bfloat16), "f4"))
 
@@ -205,9 +218,11 @@ def test_abstract_model_has_the_same_tree(name):
 
 
 def test_random_model_is_nearly_indifferent():
-    config = _pair("dense_tied_wide_heads")[1].config
-    random = eqx.filter_jit(Qwen3)(config, dtype=jnp.float32, key=jax.random.key(0))
-    logits, _ = prefill(random, jnp.array([[1, 2, 3]]))
+    config = Qwen3Config.from_hf(
+        DENSE | ONE_LAYER | {"model_type": "qwen3", "tie_word_embeddings": True}
+    )
+    model = Qwen3(config, dtype=jnp.float32, key=jax.random.key(0))
+    logits, _ = prefill(model, jnp.array([[1, 2, 3]]))
     # As at the start of training: a loss close to that of a uniform distribution.
     entropy = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
     np.testing.assert_allclose(entropy, np.log(97), rtol=0.05)
@@ -219,7 +234,7 @@ def test_paths_are_those_of_a_checkpoint():
     paths = {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves}
     assert "embed_tokens/weight" in paths and "lm_head/weight" in paths
     assert "norm/weight" in paths
-    layer = {path[len("layers/1/") :] for path in paths if path.startswith("layers/1/")}
+    layer = {path[len("layers/0/") :] for path in paths if path.startswith("layers/0/")}
     assert layer == {
         "input_layernorm/weight",
         "self_attn/q_proj/weight",
@@ -233,7 +248,7 @@ def test_paths_are_those_of_a_checkpoint():
         "mlp/experts/w13",
         "mlp/experts/w2",
     }
-    assert {"layers/0/mlp/gate_proj/weight", "layers/0/mlp/down_proj/weight"} <= paths
+    assert {"layers/1/mlp/gate_proj/weight", "layers/1/mlp/down_proj/weight"} <= paths
 
 
 def _swap_modules(model: Qwen3, activations) -> Qwen3:
@@ -255,34 +270,42 @@ def _widen(x):
     return jax.jit(dequantize)(x) if isinstance(x, MXArray) else x
 
 
-@pytest.mark.parametrize(
-    "name", ["dense_bias_one_kv_head", "moe_sparse_step_narrow_heads"]
-)
-def test_mxfp8_layers_compute_what_their_widened_weights_do(name):
-    _, model = _pair(name)
-    swapped = _swap_modules(model, "bf16")
-    assert isinstance(swapped.lm_head, MXLinear)
-    is_mx = lambda x: isinstance(x, MXArray)
-    values = map(_widen, jax.tree.leaves(swapped, is_leaf=is_mx))
-    widened = jax.tree.unflatten(jax.tree.structure(model), values)
+SMALL = {
+    "dense": DENSE | ONE_LAYER,
+    "moe": MOE | ONE_LAYER | {"attention_bias": True},
+}
+
+
+@functools.cache
+def _small(kind: str, activations) -> tuple[Qwen3, Qwen3]:
+    """Returns a model, and the same in MXFP8."""
+    model = from_hf(random_hf_model(**SMALL[kind]))
+    return model, _swap_modules(model, activations)
+
+
+@eqx.filter_jit
+def _prefill_and_decode(model: Qwen3) -> jax.Array:
     tokens, lengths = _padded_prompts(_texts()), jnp.array(PROMPT_LENGTHS)
+    cache = model.init_cache(3, CAPACITY)
+    first, cache = model(tokens, cache, lengths=lengths, last_only=True)
+    second, _ = model(tokens[:, :1], cache, last_only=True)
+    return jnp.stack([first, second])
 
-    @eqx.filter_jit
-    def prefill_and_decode(model):
-        cache = model.init_cache(3, CAPACITY)
-        first, cache = model(tokens, cache, lengths=lengths, last_only=True)
-        second, _ = model(tokens[:, :1], cache, last_only=True)
-        return jnp.stack([first, second])
 
-    actual, expected = prefill_and_decode(swapped), prefill_and_decode(widened)
-    _assert_parity(actual, np.asarray(expected))
+@pytest.mark.parametrize("kind", SMALL)
+def test_mxfp8_layers_compute_what_their_widened_weights_do(kind):
+    model, swapped = _small(kind, "bf16")
+    is_mx = lambda x: isinstance(x, MXArray)
+    leaves = jax.tree.leaves(swapped, is_leaf=is_mx)
+    assert sum(map(is_mx, leaves)) == {"dense": 8, "moe": 7}[kind]
+    widened = jax.tree.unflatten(jax.tree.structure(model), map(_widen, leaves))
+    expected = np.asarray(_prefill_and_decode(widened))
+    _assert_parity(_prefill_and_decode(swapped), expected)
 
 
 def test_mxfp8_activations_stay_close():
-    _, model = _pair("moe_all_experts_yarn")
-    tokens = jnp.array([_texts()[0]])
     w8a16, w8a8 = (
-        np.ravel(prefill(_swap_modules(model, activations), tokens)[0])
+        np.ravel(_prefill_and_decode(_small("moe", activations)[1]))
         for activations in ("bf16", "mxfp8")
     )
     assert np.any(w8a16 != w8a8)
