@@ -6,6 +6,15 @@ from ._mx_array import (
     MXArray as MXArray,
     quantize as quantize,
 )
+from .checkpoint import CheckpointError as CheckpointError, load as load
+from .convert import (
+    DEFAULT_SKIP as DEFAULT_SKIP,
+    quantize_model as quantize_model,
+    quantize_params as quantize_params,
+    Report as Report,
+    ReportRow as ReportRow,
+)
+from .generation import generate as generate, perplexity as perplexity
 from .ops._dispatch import explain as explain, Explanation as Explanation
 from .ops.matmul import mx_matmul as mx_matmul, mx_matmul_w8a8 as mx_matmul_w8a8
 from .ops.moe import (

@@ -50,6 +50,8 @@ _MATMUL_W8A8 = _dispatch.Op(
     xla_matmul.matmul,
 )
 
+OPS = (_MATMUL, _MATMUL_W8A8)
+
 
 def mx_matmul(
     x: Float[Array, "*batch k"],

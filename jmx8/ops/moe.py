@@ -54,6 +54,8 @@ def _make_op(name: str, quantize_activations: bool) -> _dispatch.Op:
 _MOE = _make_op("mx_moe", quantize_activations=False)
 _MOE_W8A8 = _make_op("mx_moe_w8a8", quantize_activations=True)
 
+OPS = (_MOE, _MOE_W8A8)
+
 
 def mx_moe(
     x: Float[Array, "*batch h"],

@@ -51,6 +51,8 @@ _ROUTE = _dispatch.Op(
     xla_routing.route,
 )
 
+OPS = (_ROUTE,)
+
 
 def route(
     router_logits: Float[Array, "*batch e"],

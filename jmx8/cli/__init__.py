@@ -1,0 +1,176 @@
+"""The command line: `jmx8 demo | generate | inspect | doctor`."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .._types import Activations
+from ..checkpoint import load, LoadDtype
+from ..generation import generate as generate_tokens
+from ..models import Qwen3
+from ..nn import with_activations
+from ._console import err, load_tokenizer, loading_bar, out
+from ._demo import run_demo
+from ._doctor import diagnose, format_diagnosis
+from ._inspect import format_report, inspect_folder, sort_report, SortKey
+
+
+app = typer.Typer(
+    help="MXFP8 inference for JAX: BF16 checkpoints in, MXFP8 models out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Folder = Annotated[
+    Path, typer.Argument(help="Folder with config.json and *.safetensors.")
+]
+Skip = Annotated[
+    list[str],
+    typer.Option(help="Keep layers of this path in BF16; glob or re:..., repeatable."),
+]
+Only = Annotated[
+    list[str], typer.Option(help="Convert only layers of this path; repeatable.")
+]
+
+
+def main() -> None:
+    """Runs the command line. Bad input ends with one message and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        err.print(f"jmx8: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.")
+    ] = False,
+) -> None:
+    if show_version:
+        out.print(version("jmx8"))
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Another checkpoint than the shipped one.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Another text to measure perplexity on.")
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="How many windows of 256 tokens to measure.")
+    ] = 32,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a checkpoint and compare it with BF16: memory, quality, speed."""
+    run_demo(folder, text, num_windows=windows, quiet=quiet)
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads stdin.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: LoadDtype = "mxfp8",
+    activations: Annotated[
+        Activations, typer.Option(help="bf16 is W8A16, mxfp8 is W8A8.")
+    ] = "auto",
+    skip: Skip = [],  # noqa: B006  (typer copies it)
+    only: Only = [],  # noqa: B006
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text. Nothing is added to the prompt, no chat template either."""
+    tokenizer = load_tokenizer(folder)
+    with loading_bar("loading", quiet) as advance:
+        model: Qwen3 = load(
+            folder,
+            dtype=dtype,
+            skip=skip or None,
+            only=only or None,
+            progress=advance,
+        )
+    model = with_activations(model, activations)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    printer = _TextPrinter(tokenizer)
+    generate_tokens(
+        model,
+        [tokenizer.encode(text).ids],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=model.config.eos_token_id,
+        callback=lambda _, token: printer.add(token),
+    )
+    printer.finish()
+
+
+class _TextPrinter:
+    """Prints tokens as text as soon as they form whole characters."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._printed = ""
+
+    def add(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        # A trailing replacement character may be the start of a longer sequence.
+        if not text.endswith("\ufffd"):
+            self._print(text)
+
+    def finish(self) -> None:
+        self._print(self._tokenizer.decode(self._tokens))
+        print()
+
+    def _print(self, text: str) -> None:
+        print(text.removeprefix(self._printed), end="", flush=True)
+        self._printed = text
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    sort: Annotated[
+        SortKey, typer.Option(help="sqnr puts the worst first, exponent the widest.")
+    ] = "name",
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="Show so many rows.")
+    ] = None,
+    skip: Skip = [],  # noqa: B006
+    only: Only = [],  # noqa: B006
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell what the conversion does to each tensor: bytes, SQNR, amax, exponents."""
+
+    report = inspect_folder(folder, skip=skip, only=only, quiet=quiet)
+    shown = sort_report(report, sort, limit)
+    print(format_report(report, shown, as_json))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show devices, versions, and which backends can run here and why not."""
+    facts = diagnose()
+    print(json.dumps(facts, indent=1) if as_json else format_diagnosis(facts))

@@ -1,0 +1,107 @@
+"""`jmx8 doctor`: what this machine has, and which backends can run on it."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._device import compute_capability, default_device, resolve_activations
+from .._mx_array import quantize
+from ..ops._dispatch import Op
+from ..ops.matmul import OPS as MATMUL_OPS
+from ..ops.moe import OPS as MOE_OPS
+from ..ops.routing import OPS as ROUTING_OPS
+
+
+_PACKAGES = (
+    "jmx8",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "ml_dtypes",
+    "numpy",
+    "flax",
+    "flashinfer-python",
+    "jax-tvm-ffi",
+    "apache-tvm-ffi",
+)
+
+
+def diagnose() -> dict[str, Any]:
+    """Returns what `doctor` prints, as JSON values."""
+    device = default_device()
+    capability = compute_capability()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": [
+            f"{d.platform}:{d.id} {d.device_kind}" for d in jax.local_devices()
+        ],
+        "default_device": f"{device.platform} ({device.device_kind})",
+        "compute_capability": None
+        if capability is None
+        else ".".join(map(str, capability)),
+        "activations_auto": resolve_activations("auto"),
+        "backends": [row for op in _example_calls() for row in _backends(*op)],
+    }
+
+
+def format_diagnosis(facts: dict[str, Any]) -> str:
+    """Returns the facts of `diagnose` as text."""
+    capability = facts["compute_capability"] or "none (not an NVIDIA GPU)"
+    meaning = {"bf16": "W8A16", "mxfp8": "W8A8"}[facts["activations_auto"]]
+    lines = [
+        f"python               {facts['python']}",
+        *(f"{n:<20} {v or 'not installed'}" for n, v in facts["packages"].items()),
+        "",
+        f"devices              {', '.join(facts['devices'])}",
+        f"default device       {facts['default_device']}",
+        f"compute capability   {capability}",
+        f'activations "auto"   {facts["activations_auto"]} ({meaning})',
+        "",
+        f"{'op':<20} {'backend':<12} can run here",
+    ]
+    for row in facts["backends"]:
+        answer = "yes" if row["problem"] is None else f"no: {row['problem']}"
+        lines.append(f"{row['op']:<20} {row['backend']:<12} {answer}")
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _example_calls() -> list[tuple[Op, tuple[Any, ...], dict[str, Any]]]:
+    """Returns each op with operands of an ordinary layer, all abstract."""
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    mx = lambda *shape: jax.eval_shape(quantize, bf16(*shape))
+    ids = jax.ShapeDtypeStruct((16, 2), jnp.int32)
+    weights = jax.ShapeDtypeStruct((16, 2), jnp.float32)
+    moe = (bf16(16, 512), mx(8, 1024, 512), mx(8, 512, 512), ids, weights, None, None)
+    moe_options = {"activation": "silu", "apply_router_weight_on_input": False}
+    matmul = (bf16(16, 512), mx(1024, 512))
+    routing = (bf16(16, 8), None)
+    routing_options = {
+        "method": "softmax",
+        "top_k": 2,
+        "renormalize": True,
+        "num_groups": 1,
+        "topk_groups": 1,
+        "scaling_factor": 1.0,
+    }
+    return [
+        *((op, matmul, {"out_dtype": jnp.dtype(jnp.bfloat16)}) for op in MATMUL_OPS),
+        *((op, routing, routing_options) for op in ROUTING_OPS),
+        *((op, moe, moe_options) for op in MOE_OPS),
+    ]
+
+
+def _backends(op: Op, operands: tuple[Any, ...], options: dict[str, Any]):
+    for backend in op.backends:
+        problem = backend.unsupported(*operands, **options)
+        yield {"op": op.name, "backend": backend.name, "problem": problem}
