@@ -114,8 +114,8 @@ def test_seeds():
     assert rows != draw(PROMPTS, seed=4)
     # A row does not depend on the others, and two equal prompts draw differently.
     assert draw([PROMPTS[0], [50], PROMPTS[2]], seed=3)[2] == rows[2]
-    same = draw([PROMPTS[0]] * 3, seed=3)
-    assert same[0] == rows[0] and same[1] != same[0]
+    same = draw([PROMPTS[2]] * 3, seed=3)
+    assert same[2] == rows[2] and same[1] != same[2]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-30}, {"top_k": 1}])

@@ -251,23 +251,20 @@ def test_paths_are_those_of_a_checkpoint():
     assert {"layers/1/mlp/gate_proj/weight", "layers/1/mlp/down_proj/weight"} <= paths
 
 
+@eqx.filter_jit
 def _swap_modules(model: Qwen3, activations) -> Qwen3:
     """Returns the model with every linear layer and all experts in MXFP8."""
     convertible = lambda x: isinstance(x, eqx.nn.Linear | Experts)
 
     def convert(path, x):
         if isinstance(x, Experts):
-            return eqx.filter_jit(MXExperts.from_experts)(x, activations=activations)
+            return MXExperts.from_experts(x, activations=activations)
         is_router = path[-1].name == "gate" if path else False
         if isinstance(x, eqx.nn.Linear) and not is_router:
-            return eqx.filter_jit(MXLinear.from_linear)(x, activations=activations)
+            return MXLinear.from_linear(x, activations=activations)
         return x
 
     return jax.tree.map_with_path(convert, model, is_leaf=convertible)
-
-
-def _widen(x):
-    return jax.jit(dequantize)(x) if isinstance(x, MXArray) else x
 
 
 SMALL = {
@@ -298,7 +295,9 @@ def test_mxfp8_layers_compute_what_their_widened_weights_do(kind):
     is_mx = lambda x: isinstance(x, MXArray)
     leaves = jax.tree.leaves(swapped, is_leaf=is_mx)
     assert sum(map(is_mx, leaves)) == {"dense": 8, "moe": 7}[kind]
-    widened = jax.tree.unflatten(jax.tree.structure(model), map(_widen, leaves))
+    widen = lambda x: dequantize(x) if is_mx(x) else x
+    values = eqx.filter_jit(lambda xs: list(map(widen, xs)))(leaves)
+    widened = jax.tree.unflatten(jax.tree.structure(model), values)
     expected = np.asarray(_prefill_and_decode(widened))
     _assert_parity(_prefill_and_decode(swapped), expected)
 
