@@ -81,7 +81,7 @@ def load(
 
     Tensors are read a few rows at a time, in the order in which they lie on disk, and
     converted on the default device. The unconverted model is never in memory: the peak
-    is the size of the result and some chunks of 16 MiB. The tensors of the experts of a
+    is the size of the result and some chunks of 4 MiB. The tensors of the experts of a
     layer become one stack.
 
     The tensors of the checkpoint and the parameters of the model that `config.json`
@@ -182,7 +182,7 @@ def _abstract_model(
         family.model,
         config,
         dtype=jnp.dtype(jnp.float32 if dtype == "float32" else jnp.bfloat16),
-        key=jax.random.key(0),
+        key=jax.eval_shape(jax.random.key, 0),
     )
     leaves = _leaves(model)
     if dtype != "mxfp8":

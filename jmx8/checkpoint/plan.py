@@ -14,7 +14,7 @@ from .names import NameTable, Slot
 
 # How much is read at once: long enough to transfer and convert at full speed, short
 # beside any model that is worth converting.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 
 # What weights may be stored as. Everything else has been quantized already.
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)

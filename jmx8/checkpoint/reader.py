@@ -11,6 +11,7 @@ offsets are relative and which they must cover without overlap or holes.
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,28 +120,33 @@ class SafetensorsFile:
             raise ValueError(
                 f"read_rows: rows must lie in [0, {rows}], got {start=}, {stop=}."
             )
-        array = np.empty((stop - start, columns), info.dtype)
         row_bytes = columns * info.dtype.itemsize
-        # readinto wants plain bytes; empty arrays have no byte view to read into.
-        if array.nbytes:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(info.offset + start * row_bytes)
-                _read_exactly(file, array.view(np.uint8).reshape(-1), self.path, name)
-        return array
+        num_bytes = (stop - start) * row_bytes
+        if not num_bytes:
+            return np.empty((stop - start, columns), info.dtype)
+        # Pages of its own, which go back to the system as soon as the array is freed;
+        # the C library would keep them for later. JAX takes aligned memory as it is.
+        pages = mmap.mmap(-1, num_bytes)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(info.offset + start * row_bytes)
+            _read_exactly(file, memoryview(pages), self.path, name)
+        return np.frombuffer(pages, info.dtype).reshape(stop - start, columns)
 
     def iter_rows(self, name: str, num_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields all rows of a tensor, as in `read_rows`, a few at a time.
 
         Args:
             name: Name of the tensor.
-            num_bytes: How many bytes to read at once, if a row is not more.
+            num_bytes: How many bytes to read at once at most, if a row is not more.
 
         Yields:
             The index of the first row, and the rows.
         """
         info = self.tensors[name]
         rows, columns = info.matrix_shape
-        step = max(1, num_bytes // max(1, columns * info.dtype.itemsize))
+        most = max(1, num_bytes // max(1, columns * info.dtype.itemsize))
+        # As equal as can be: every other shape is another compilation for the reader.
+        step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
         for start in range(0, rows, step):
             yield start, self.read_rows(name, start, min(start + step, rows))
 
@@ -148,8 +154,7 @@ class SafetensorsFile:
         return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
 
 
-def _read_exactly(file: Any, buffer: np.ndarray, path: Path, name: str) -> None:
-    view = buffer.data
+def _read_exactly(file: Any, view: memoryview, path: Path, name: str) -> None:
     while view:  # one read returns at most 2 GiB on Linux
         count = file.readinto(view)
         if not count:

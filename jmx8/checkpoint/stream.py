@@ -119,8 +119,8 @@ class _Target:
     def __init__(self, leaf: Any):
         self.leaf = leaf
         self.parts, self.structure = jax.tree.flatten(leaf)
-        self.buffers = tuple(
-            jnp.zeros(part.shape, _storage_dtype(part.dtype)) for part in self.parts
+        self.buffers = _allocate(
+            tuple((part.shape, _storage_dtype(part.dtype)) for part in self.parts)
         )
 
     def write(
@@ -145,6 +145,13 @@ class _Target:
         ]
         self.buffers = ()
         return jax.tree.unflatten(self.structure, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _allocate(
+    specs: tuple[tuple[tuple[int, ...], np.dtype], ...],
+) -> tuple[Array, ...]:
+    return tuple(jnp.zeros(shape, dtype) for shape, dtype in specs)
 
 
 @functools.partial(
