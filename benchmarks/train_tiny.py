@@ -30,11 +30,7 @@ import optax
 import safetensors.numpy
 import tokenizers
 
-from jmx8.checkpoint import names
-from jmx8.models import Qwen3, Qwen3Config
-from jmx8.nn import SparseMoE
-
-from .stdlib_text import (
+from benchmarks.stdlib_text import (
     Corpus,
     encode,
     END_OF_TEXT,
@@ -42,6 +38,9 @@ from .stdlib_text import (
     stdlib_corpus,
     train_tokenizer,
 )
+from jmx8.checkpoint import names
+from jmx8.models import Qwen3, Qwen3Config
+from jmx8.nn import SparseMoE
 
 
 MODELS = {"dense": "tiny-qwen3", "moe": "tiny-qwen3-moe"}
