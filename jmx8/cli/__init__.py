@@ -10,6 +10,7 @@ import typer
 
 from .._types import Activations
 from ..checkpoint import load, LoadDtype
+from ..data import HELDOUT_TEXT, TINY_QWEN3_MOE
 from ..generation import generate as generate_tokens
 from ..models import Qwen3
 from ..nn import with_activations
@@ -29,9 +30,6 @@ app = typer.Typer(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Folder = Annotated[
-    Path, typer.Argument(help="Folder with config.json and *.safetensors.")
-]
 Skip = Annotated[
     list[str],
     typer.Option(help="Keep layers of this path in BF16; glob or re:..., repeatable."),
@@ -63,12 +61,8 @@ def root(
 
 @app.command()
 def demo(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Another checkpoint than the shipped one.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Another text to measure perplexity on.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")] = TINY_QWEN3_MOE,
+    text: Annotated[Path, typer.Option(help="Text to measure on.")] = HELDOUT_TEXT,
     windows: Annotated[
         int, typer.Option(min=1, help="How many windows of 256 tokens to measure.")
     ] = 32,
@@ -80,8 +74,10 @@ def demo(
 
 @app.command()
 def generate(
-    folder: Folder,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads stdin.")],
+    folder: Annotated[
+        Path, typer.Option("--model", "-m", help="Checkpoint folder.")
+    ] = TINY_QWEN3_MOE,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token.")
@@ -150,7 +146,7 @@ class _TextPrinter:
 
 @app.command()
 def inspect(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")] = TINY_QWEN3_MOE,
     sort: Annotated[
         SortKey, typer.Option(help="sqnr puts the worst first, exponent the widest.")
     ] = "name",

@@ -13,7 +13,6 @@ from .._device import default_device
 from .._mx_array import format_bytes
 from ..checkpoint import load
 from ..convert import Report
-from ..data import HELDOUT_TEXT, TINY_QWEN3_MOE
 from ..generation import generate, perplexity
 from ..models import Qwen3
 from ..nn import with_activations
@@ -25,12 +24,8 @@ _WINDOW = 256
 _BATCH_SIZE = 4
 
 
-def run_demo(
-    folder: Path | None, text: Path | None, *, num_windows: int, quiet: bool
-) -> None:
+def run_demo(folder: Path, text: Path, *, num_windows: int, quiet: bool) -> None:
     """Loads a checkpoint twice, compares the two models, and lets one write."""
-    folder = TINY_QWEN3_MOE if folder is None else folder
-    text = HELDOUT_TEXT if text is None else text
     tokenizer = load_tokenizer(folder)
     tokens = tokenizer.encode(text.read_text()).ids[: num_windows * _WINDOW]
 

@@ -57,9 +57,22 @@ def select_tiling(
     if fair_share <= 2:
         # XLA fuses widening into a product with one row, and with no other.
         tile_rows = 1
-    num_tiles = min(num_rows, max(num_experts, num_rows // tile_rows))
-    num_chunks = -(-num_tiles * 2 * expert_size // _CHUNK_BYTES)
-    return TilingConfig(tile_rows, -(-num_tiles // num_chunks))
+    # Chunks of equal size for what even routing fills, and a little more; or one for
+    # the most there can be.
+    largest_chunk = max(1, _CHUNK_BYTES // (2 * expert_size))
+    most = _max_tiles(num_rows, num_experts, tile_rows)
+    if most <= largest_chunk:
+        return TilingConfig(tile_rows, most)
+    expected = min(most, max(num_experts, num_rows // tile_rows) * 21 // 20)
+    num_chunks = -(-expected // largest_chunk)
+    return TilingConfig(tile_rows, -(-expected // num_chunks))
+
+
+def _max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
+    """Returns how many tiles the least even routing takes."""
+    # Every active expert fills its tiles but for at most tile_rows - 1 rows of one.
+    active = min(num_experts, num_rows)
+    return (num_rows + active * (tile_rows - 1)) // tile_rows
 
 
 def moe(
@@ -152,9 +165,7 @@ def _assign_slots(
     """
     tile_rows, chunk_tiles = tiling.tile_rows, tiling.chunk_tiles
     (num_rows,) = experts.shape
-    # Every active expert fills its tiles but for at most tile_rows - 1 rows of one.
-    active = min(num_experts, num_rows)
-    num_tiles = (num_rows + active * (tile_rows - 1)) // tile_rows
+    num_tiles = _max_tiles(num_rows, num_experts, tile_rows)
     num_tiles = -(-num_tiles // chunk_tiles) * chunk_tiles
     num_slots = num_tiles * tile_rows
 
