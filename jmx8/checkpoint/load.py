@@ -1,24 +1,32 @@
 """`load`: from a Hugging Face checkpoint folder to a model in MXFP8."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, Literal, overload
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from .._mx_array import MXArray
 from .._types import Activations
-from ..convert import kept_row, Patterns, quantize_model, Report
+from ..convert import (
+    combine_pieces,
+    kept_row,
+    measure_piece,
+    Patterns,
+    Piece,
+    quantize_model,
+    Report,
+)
 from ..models import ConfigError, Qwen3, Qwen3Config
 from .errors import CheckpointError
 from .folder import CheckpointFolder, open_folder
 from .ignore import ignored_modules
 from .names import NameTable, QWEN3
 from .plan import check_copies, make_plan, Plan
-from .statistics import Collector
 from .stream import Progress, read_parameters
 
 
@@ -123,19 +131,23 @@ def load(
     leaves = _leaves(model)
     plan = make_plan(checkpoint, leaves, family.names)
     check_copies(plan)
-    collector = Collector()
+    pieces: dict[str, list[Piece]] = {}
+
+    def measure_rows(path: str, x: Array, w: MXArray) -> None:
+        pieces.setdefault(path, []).append(measure_piece(x, w))
+
     values = read_parameters(
         plan,
         leaves,
         check_finite=on_nonfinite == "raise",
         progress=progress,
-        on_chunk=collector.add if return_report else None,
+        on_chunk=measure_rows if return_report else None,
     )
     model = jax.tree.unflatten(
         jax.tree.structure(model, is_leaf=_is_mx_array),
         [values[path] for path in leaves],
     )
-    return (model, _finish(report, plan, collector)) if return_report else model
+    return (model, _finish(report, plan, pieces)) if return_report else model
 
 
 def _check_arguments(dtype: Any, skip: Any, only: Any, on_nonfinite: Any) -> None:
@@ -223,7 +235,9 @@ def _is_mx_array(node: Any) -> bool:
     return isinstance(node, MXArray)
 
 
-def _finish(report: Report, plan: Plan, collector: Collector) -> Report:
+def _finish(
+    report: Report, plan: Plan, pieces: Mapping[str, Sequence[Piece]]
+) -> Report:
     """Returns the report of the abstract model with what was found on disk."""
     dtypes: dict[str, set[str]] = {}
     num_bytes: dict[str, int] = {}
@@ -237,7 +251,9 @@ def _finish(report: Report, plan: Plan, collector: Collector) -> Report:
                 row,
                 dtype="/".join(sorted(dtypes[row.path])),
                 bytes_before=num_bytes[row.path],
-                statistics=collector.statistics(row.path),
+                statistics=(
+                    combine_pieces(pieces[row.path]) if row.path in pieces else None
+                ),
             )
             for row in report.rows
         )

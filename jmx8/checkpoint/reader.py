@@ -42,6 +42,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_MAX_SIZE = 2**48  # numpy refuses larger ones, even of empty arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _parse_entry(
         )
     if not _is_list_of_sizes(shape):
         raise CheckpointError(
-            f"{where}: shape must be a list of non-negative sizes, got {shape!r}"
+            f"{where}: shape must be a list of sizes in [0, 2**48), got {shape!r}"
         )
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
@@ -258,4 +259,6 @@ def _parse_entry(
 
 def _is_list_of_sizes(value: Any) -> bool:
     # bool is an int to isinstance, and `true` is no size.
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return isinstance(value, list) and all(
+        type(v) is int and 0 <= v < _MAX_SIZE for v in value
+    )
