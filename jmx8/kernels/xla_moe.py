@@ -52,8 +52,9 @@ def select_tiling(
     # The smallest power of two that holds an expert's fair share.
     tile_rows = min(max(16, 1 << (fair_share - 1).bit_length()), 512)
     if platform == "cpu":
-        # A step of one tile is one plain matmul with all threads behind it.
-        return TilingConfig(tile_rows, 1)
+        # A step of one tile is one plain matmul. Experts above their fair share should
+        # not be widened twice, unless the matmul is what takes the time.
+        return TilingConfig(tile_rows * 2 if 16 < tile_rows < 128 else tile_rows, 1)
     if fair_share <= 2:
         # XLA fuses widening into a product with one row, and with no other.
         tile_rows = 1
@@ -208,5 +209,10 @@ def _apply_experts(
 
 def _take(w, experts, dtype):
     """Returns the weights of some experts, widened to `dtype`."""
-    w = jax.tree.map(lambda a: jnp.take(a, experts, axis=0, mode="clip"), w)
-    return dequantize(w, dtype) if isinstance(w, MXArray) else w.astype(dtype)
+    pick = lambda a: jnp.take(a, experts, axis=0, mode="clip")
+    if not isinstance(w, MXArray):
+        return pick(w).astype(dtype)
+    # As bytes: XLA's CPU compiler would widen FP8 to pick from it, and round it again.
+    bitcast = jax.lax.bitcast_convert_type
+    pick_bytes = lambda a: bitcast(pick(bitcast(a, jnp.uint8)), a.dtype)
+    return dequantize(jax.tree.map(pick_bytes, w), dtype)
