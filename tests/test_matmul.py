@@ -61,9 +61,7 @@ def test_w8a8_is_the_product_of_both_quantized(implementation, k):
 def test_leading_axes_are_rows():
     x, w = operands(24, 8, 70)
     expected = mx_matmul(x, w)
-    assert_bits_equal(
-        mx_matmul(x.reshape(2, 3, 4, 70), w).reshape(24, 8), expected
-    )
+    assert_bits_equal(mx_matmul(x.reshape(2, 3, 4, 70), w).reshape(24, 8), expected)
     assert_bits_equal(mx_matmul(x[0], w), expected[0])
 
 

@@ -25,6 +25,12 @@ class SwiGLUOAI:
     beta: float = 1.0
     limit: float | None = 7.0
 
+    def __post_init__(self):
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(
+                f"SwiGLUOAI: limit must be positive, got {self.limit}. None means none."
+            )
+
 
 # A name, or the parameters of one that has some. All are gated but "relu2".
 Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"] | SwiGLUOAI

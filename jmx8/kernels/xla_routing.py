@@ -47,14 +47,18 @@ def _scores(logits: Array, method: RoutingMethod) -> Array:
     if method == "sigmoid":
         return jax.nn.sigmoid(logits)
     if method == "sqrtsoftplus":
-        return jnp.sqrt(jax.nn.softplus(logits))
+        # Where softplus underflows, the derivative of its square root is not finite.
+        squares = jax.nn.softplus(logits)
+        is_zero = squares == 0
+        return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)))
     return logits
 
 
 def _keep_best_groups(choice: Array, num_groups: int, topk_groups: int) -> Array:
     """Sets the scores of experts outside the best groups to -inf."""
-    groups = choice.reshape(*choice.shape[:-1], num_groups, -1)
-    best_two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
+    size = choice.shape[-1] // num_groups
+    groups = choice.reshape(*choice.shape[:-1], num_groups, size)
+    best_two = jax.lax.top_k(groups, min(2, size))[0]
     kept = jax.lax.top_k(jnp.sum(best_two, axis=-1), topk_groups)[1]
     is_kept = jnp.any(jax.nn.one_hot(kept, num_groups, dtype=jnp.bool_), axis=-2)
     return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(choice.shape)

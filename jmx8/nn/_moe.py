@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._device import resolve_activations
 from .._mx_array import MXArray, quantize
 from .._types import Activations
+from ..kernels.xla_matmul import dot_rows
 from ..ops.moe import Activation, is_gated, mx_moe, mx_moe_w8a8
 from ..ops.routing import route, RoutingMethod
 
@@ -123,7 +124,8 @@ class SparseMoE(eqx.Module):
     """A mixture-of-experts layer: router, experts, and shared experts if it has any.
 
     Attributes:
-        gate: The router, `[num_experts, hidden_size]`; stays in its own dtype.
+        gate: The router, `[num_experts, hidden_size]`; stays in its own dtype. Its
+            logits are float32 whatever that and the dtype of the tokens are.
         experts: `Experts`, or `MXExperts` after conversion.
         correction_bias: `[num_experts]`, added to the scores for the choice; or None.
         shared_expert: A module on vectors `[hidden_size]` that every token goes
@@ -161,7 +163,7 @@ class SparseMoE(eqx.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         topk_ids, topk_weights = route(
-            jax.vmap(self.gate)(tokens),
+            _router_logits(self.gate, tokens),
             self.method,
             self.top_k,
             renormalize=self.renormalize,
@@ -179,6 +181,16 @@ class SparseMoE(eqx.Module):
                 )
             out = out + shared
         return out.reshape(x.shape)
+
+
+def _router_logits(gate, tokens):
+    """Returns float32 logits: rounding them would change which experts are chosen."""
+    if isinstance(gate.weight, MXArray):  # converted on request
+        return jax.vmap(gate)(tokens)
+    is_bf16 = tokens.dtype == gate.weight.dtype == jnp.bfloat16
+    dtype = jnp.bfloat16 if is_bf16 else jnp.float32
+    logits = dot_rows(tokens.astype(dtype), gate.weight.astype(dtype), jnp.float32)
+    return logits if gate.bias is None else logits + gate.bias.astype(jnp.float32)[None]
 
 
 def _apply(op, experts, x, topk_ids, topk_weights):

@@ -36,7 +36,9 @@ def _fold(axis_size, batched, x, w13, w2, ids, weights, w13_bias, w2_bias):
         ids = operands[3]
         is_local = (ids >= 0) & (ids < num_experts)
         operands[3] = jnp.where(is_local, ids + first[:, None].astype(ids.dtype), -1)
-    return tuple(operands), lambda out: out.reshape(axis_size, num_tokens, -1)
+    return tuple(operands), lambda out: out.reshape(
+        axis_size, num_tokens, out.shape[-1]
+    )
 
 
 def _merge_leading(axis_size, batched, a):
@@ -207,7 +209,7 @@ def _check_dtypes(name, x, topk_ids, topk_weights):
     ):
         if not jnp.issubdtype(a.dtype, kind):
             raise TypeError(
-                f"{name}: {label} must have a dtype of kind {kind.__name__}, got {a.dtype}."
+                f"{name}: {label} must have a {kind.__name__} dtype, got {a.dtype}."
             )
 
 

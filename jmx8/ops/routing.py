@@ -33,7 +33,7 @@ def _fold(axis_size, batched, logits, bias):
         logits = jnp.broadcast_to(logits, (axis_size, *logits.shape))
     num_tokens = logits.shape[1]
     if bias_batched:
-        bias = bias.reshape(axis_size, -1, bias.shape[-1])
+        bias = bias[:, None] if bias.ndim == 2 else bias
         bias = jnp.broadcast_to(bias, logits.shape).reshape(-1, bias.shape[-1])
     elif bias is not None and bias.ndim == 2:
         bias = jnp.tile(bias, (axis_size, 1))
