@@ -105,7 +105,7 @@ def break_config(folder):
         (break_config, ["config.json", "num_experts_per_tok"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json"]),
         (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json", "no such file"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["holds no *.safetensors"]),
     ],
 )
 def test_bad_folder_is_one_line_and_exit_code_2(folder, damage, words):

@@ -7,11 +7,10 @@ that the kernel will see.
 """
 
 import collections
-import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -97,8 +96,15 @@ class Explanation:
         return "\n".join([f"device: {self.device}", *rows])
 
 
-_recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
-    "jmx8_recorder", default=None
+class _Record:
+    """What one call of an op chose. A new one for each call, and compared by identity,
+    so that JAX never takes a call that is recorded from its caches of traces."""
+
+    choice: Choice | None = None
+
+
+_records: contextvars.ContextVar[list[_Record] | None] = contextvars.ContextVar(
+    "jmx8_records", default=None
 )
 
 
@@ -108,29 +114,22 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Args:
         function: An op of jmx8, a model, or any function that calls them. Give the
             function itself and not `jax.jit(function)`, which is not traced again if it
-            already ran.
+            already ran; the same holds for jitted functions that it calls.
         *args: Its arguments; `jax.ShapeDtypeStruct`s do in place of arrays.
         **kwargs: Its keyword arguments, which stay as they are.
 
     Returns:
         An `Explanation`; `print` it.
     """
-    with _recording() as choices:
-        eqx.filter_eval_shape(function, *args, **kwargs)
-    device = default_device()
-    return Explanation(
-        f"{device.platform} ({device.device_kind})", dict(collections.Counter(choices))
-    )
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[list[Choice]]:
-    choices: list[Choice] = []
-    token = _recorder.set(choices)
+    records: list[_Record] = []
+    token = _records.set(records)
     try:
-        yield choices
+        eqx.filter_eval_shape(function, *args, **kwargs)
     finally:
-        _recorder.reset(token)
+        _records.reset(token)
+    choices = collections.Counter(r.choice for r in records if r.choice is not None)
+    device = default_device()
+    return Explanation(f"{device.platform} ({device.device_kind})", dict(choices))
 
 
 def select(
@@ -191,19 +190,25 @@ def call(
     Returns:
         The result; differentiable in the operands that are float arrays.
     """
-    return _call(op, implementation, tuple(options.items()), operands)
+    record = None
+    if (records := _records.get()) is not None:
+        record = _Record()
+        records.append(record)
+    return _call(op, implementation, tuple(options.items()), record, operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _call(op, implementation, options, operands):
-    return _vmappable(op, implementation, options)(*operands)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _call(op, implementation, options, record, operands):
+    make = _vmappable if record is None else _make_vmappable
+    return make(op, implementation, options, record)(*operands)
 
 
-def _call_fwd(op, implementation, options, operands):
-    return _call(op, implementation, options, operands), operands
+def _call_fwd(op, implementation, options, record, operands):
+    return _call(op, implementation, options, record, operands), operands
 
 
-def _call_bwd(op, implementation, options, operands, cotangent):
+def _call_bwd(op, implementation, options, record, operands, cotangent):
+    del implementation, record
     is_float = [_is_differentiable(operand) for operand in operands]
 
     def reference(*floats):
@@ -245,19 +250,21 @@ def _is_differentiable(operand: Any) -> bool:
     return isinstance(operand, jax.Array) and jnp.issubdtype(operand.dtype, jnp.inexact)
 
 
-@functools.cache
-def _vmappable(op: Op, implementation: str | None, options: tuple):
+def _make_vmappable(
+    op: Op, implementation: str | None, options: tuple, record: _Record | None
+):
     @jax.custom_batching.custom_vmap
     def run(*operands):
         backend, choice = select(op, implementation, dict(options), *operands)
-        if (choices := _recorder.get()) is not None:
-            choices.append(choice)
+        if record is not None:
+            # Under vmap this is traced once for one element and once more folded; the
+            # last trace is what runs.
+            record.choice = choice
         with jax.named_scope(f"{op.name}[{backend.name}]"):
             return backend.run(*operands, **dict(options))
 
     @run.def_vmap
     def rule(axis_size, in_batched, *operands):
-        _forget(_label(op, _drop_batch_axes(in_batched, operands)))
         batched = [any(jax.tree.leaves(b)) for b in in_batched]
         folded, unfold = op.fold(axis_size, batched, *operands)
         out = unfold(run(*folded))
@@ -266,19 +273,4 @@ def _vmappable(op: Op, implementation: str | None, options: tuple):
     return run
 
 
-def _drop_batch_axes(in_batched, operands):
-    """Returns the types of the operands as one element of the batch has them."""
-
-    def drop(batched, x):
-        return jax.ShapeDtypeStruct(x.shape[1:] if batched else x.shape, x.dtype)
-
-    return jax.tree.map(drop, tuple(in_batched), operands)
-
-
-def _forget(label: str) -> None:
-    """Drops the choice that was made for one element of a batch and never runs."""
-    choices = _recorder.get() or []
-    for i in reversed(range(len(choices))):
-        if choices[i].op == label:
-            del choices[i]
-            return
+_vmappable = functools.cache(_make_vmappable)
