@@ -54,16 +54,18 @@ def test_unsupported_backend_is_passed_over_with_its_reason(operands, with_backe
 def test_named_backend_is_never_replaced(operands, with_backend):
     with_backend("fake", "n must be a multiple of 128, got 3")
     message = r"'fake' cannot run: n must be .* Pass implementation=None"
+    x, w = operands
     with pytest.raises(NotImplementedError, match=message):
-        matmul._matmul(matmul._MATMUL, *operands, None, "fake")
+        matmul._matmul(matmul._MATMUL, x, w, None, "fake")
     choices = explain(mx_matmul, *operands, implementation="xla").choices
     assert [c.reason for c in choices] == ["asked for by name"]
 
 
 def test_unknown_backend_lists_the_known(operands):
     message = r"unknown implementation 'cuda'; expected one of \['xla'\], or None"
+    x, w = operands
     with pytest.raises(ValueError, match=message):
-        matmul._matmul(matmul._MATMUL, *operands, None, "cuda")
+        matmul._matmul(matmul._MATMUL, x, w, None, "cuda")
 
 
 def test_choice_sees_the_folded_batch(operands):

@@ -124,7 +124,7 @@ def test_gradient_with_respect_to_activations(op):
     x, w = operands(5, 8, 70, jnp.float32)
     weights = jax.random.normal(jax.random.key(1), (5, 8))
     loss = lambda x: jnp.sum(op(x, w) * weights)
-    expected = weights @ dequantize(w)
+    expected = np.asarray(weights, np.float64) @ np.asarray(dequantize(w), np.float64)
     for gradient in (
         jax.grad(loss)(x),
         jax.jit(jax.grad(loss))(x),

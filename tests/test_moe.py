@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ E, H, I, T, K = 6, 70, 40, 13, 3  # k of both matmuls needs padding
 @dataclasses.dataclass
 class Layer:
     x: jax.Array
-    w13: jax.Array
-    w2: jax.Array
+    w13: Any
+    w2: Any
     ids: jax.Array
     weights: jax.Array
     w13_bias: jax.Array
@@ -240,8 +241,12 @@ def test_gradient_of_w8a8_is_that_of_w8a16():
     loss = lambda op: (
         lambda x: jnp.sum(op(x, layer.w13, layer.w2, layer.ids, layer.weights))
     )
-    np.testing.assert_array_equal(
-        jax.grad(loss(mx_moe_w8a8))(layer.x), jax.grad(loss(mx_moe))(layer.x)
+    # Not bit-equal on a GPU: the sum over a token's experts has no order there.
+    np.testing.assert_allclose(
+        jax.grad(loss(mx_moe_w8a8))(layer.x),
+        jax.grad(loss(mx_moe))(layer.x),
+        rtol=0,
+        atol=1e-5,
     )
 
 

@@ -91,9 +91,9 @@ def test_is_never_converted_silently(x, convert):
 def test_products_that_would_contract_another_axis_are_refused(x):
     w = quantize(x)
     with pytest.raises(TypeError, match=r"Write `x @ w.T`"):
-        x @ w
+        _ = x @ w
     with pytest.raises(TypeError, match=r"Write `w.T @ x`"):
-        w.T @ x
+        _ = w.T @ x
 
 
 def test_wrong_scales_shape_is_reported(x):

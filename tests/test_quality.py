@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import jmx8
+from jmx8._types import Activations
 from jmx8.data import TINY_QWEN3_MOE
 from jmx8.nn import with_activations
 
@@ -18,7 +19,7 @@ FOLDERS = {
     "moe": TINY_QWEN3_MOE,
 }
 # Largest relative change of held-out perplexity. Measured: see README.md.
-LIMITS = {"bf16": 0.005, "mxfp8": 0.01}
+LIMITS: dict[Activations, float] = {"bf16": 0.005, "mxfp8": 0.01}
 
 
 class Checkpoint:
