@@ -60,7 +60,7 @@ def test_heldout_loss_is_the_one_measured_in_training(kind):
     loss = sum(losses) / len(windows)
     # The GPU that trained it multiplied float32 in TF32 in part.
     assert loss == pytest.approx(account["heldout_loss"], abs=5e-3)
-    assert loss < 3.0  # nats per token; ln(2048) = 7.6 without training
+    assert loss < 3.2  # nats per token; ln(2048) = 7.6 without training
 
 
 def test_hugging_face_agrees_on_the_heldout_text(kind):
