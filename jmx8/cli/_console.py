@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -40,6 +41,13 @@ def loading_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], N
             bar.update(task, completed=done, total=total, name=name)
 
         yield advance
+
+
+def working(label: str, quiet: bool) -> contextlib.AbstractContextManager[Any]:
+    """Shows that something takes a while; on a terminal only."""
+    if quiet or not err.is_terminal:
+        return contextlib.nullcontext()
+    return err.status(label)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

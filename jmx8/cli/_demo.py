@@ -17,11 +17,12 @@ from ..generation import generate, perplexity
 from ..models import Qwen3
 from ..nn import with_activations
 from ..ops._dispatch import explain
-from ._console import load_tokenizer, loading_bar, out
+from ._console import load_tokenizer, loading_bar, out, working
 
 
 _WINDOW = 256
 _BATCH_SIZE = 4
+_WRITTEN = 32  # tokens that are written for the speed
 
 
 def run_demo(folder: Path, text: Path, *, num_windows: int, quiet: bool) -> None:
@@ -41,7 +42,9 @@ def run_demo(folder: Path, text: Path, *, num_windows: int, quiet: bool) -> None
         "MXFP8 W8A16": with_activations(converted, "bf16"),
         "MXFP8 W8A8": with_activations(converted, "mxfp8"),
     }
-    _print_comparison(models, tokens, text.name)
+    table = _compare(models, tokens, text.name, quiet)
+    out.print()
+    out.print(table)
     _print_continuation(models["MXFP8 W8A16"], tokenizer, tokens)
     _print_worst(report)
     _print_backends(converted)
@@ -70,9 +73,10 @@ def _print_memory(report: Report) -> None:
     )
 
 
-def _print_comparison(
-    models: dict[str, Qwen3], tokens: list[int], text_name: str
-) -> None:
+def _compare(
+    models: dict[str, Qwen3], tokens: list[int], text_name: str, quiet: bool
+) -> Table:
+    """Measures perplexity and speed of each model."""
     num_tokens = len(tokens) // _WINDOW * _WINDOW
     table = Table(title=f"{text_name}, {num_tokens:,} held-out tokens", box=None)
     table.add_column("")
@@ -80,23 +84,25 @@ def _print_comparison(
         table.add_column(column, justify="right")
     reference = None
     for name, model in models.items():
-        measure = lambda model=model: perplexity(
-            model, tokens, window=_WINDOW, batch_size=_BATCH_SIZE
-        )
-        value = measure()
+        with working(f"measuring {name}", quiet):
+            value, read, write = _measure(model, tokens)
         reference = value if reference is None else reference
-        read = num_tokens / _seconds(measure)
-        write = lambda model=model: generate(model, [tokens[:32]], max_new_tokens=32)
-        write()
         table.add_row(
             name,
             f"{value:.4f}",
             f"{value / reference - 1:+.2%}",
-            f"{read:,.0f}",
-            f"{32 / _seconds(write):,.0f}",
+            f"{num_tokens / read:,.0f}",
+            f"{_WRITTEN / write:,.0f}",
         )
-    out.print()
-    out.print(table)
+    return table
+
+
+def _measure(model: Qwen3, tokens: list[int]) -> tuple[float, float, float]:
+    """Returns the perplexity, and the seconds to read the text and to write one."""
+    read = lambda: perplexity(model, tokens, window=_WINDOW, batch_size=_BATCH_SIZE)
+    write = lambda: generate(model, [tokens[:32]], max_new_tokens=_WRITTEN)
+    write()
+    return read(), _seconds(read), _seconds(write)
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -269,7 +269,3 @@ def _format_range(statistics: Statistics) -> str:
     if statistics.exponent_min is None:
         return "none"
     return f"{statistics.exponent_min}..{statistics.exponent_max}"
-
-
-_Piece = Piece
-_measure_piece = measure_piece

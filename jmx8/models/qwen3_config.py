@@ -17,7 +17,9 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
 }
 
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-_MAX_LAYERS = 4096  # far above any model, low enough to build without noticing
+# Far above any model, low enough to build without noticing.
+_MAX_LAYERS = 4096
+_MAX_EXPERTS = 65536
 _DENSE_HEAD_DIM = 128  # what Hugging Face assumes for model_type qwen3
 
 # Fields that have one supported value; null counts as absent.
@@ -247,7 +249,9 @@ def _read_sizes(fields: Fields, model_type: str) -> dict[str, int]:
 
 def _read_moe(fields: Fields) -> dict[str, Any]:
     names = [name for name in ("num_experts", "num_local_experts") if name in fields]
-    counts = [fields.integer(name) for name in names or ["num_experts"]]
+    counts = [
+        fields.integer(name, maximum=_MAX_EXPERTS) for name in names or ["num_experts"]
+    ]
     if len(set(counts)) > 1:
         raise ConfigError(
             "num_experts and num_local_experts must agree, got "
