@@ -180,6 +180,17 @@ def test_w8a8_quantizes_both_inputs():
     assert jnp.any(out != layer())
 
 
+def test_w8a8_quantizes_the_weighted_input():
+    layer = make_layer(jnp.bfloat16).quantized()
+    layer.ids, layer.weights = layer.ids[:, :1], layer.weights[:, :1]
+    weights = layer.weights.astype(jnp.float32)
+    weighted = (layer.x.astype(jnp.float32) * weights).astype(jnp.bfloat16)
+    ones = jnp.ones_like(layer.weights)
+    expected = dataclasses.replace(layer, x=weighted, weights=ones)(mx_moe_w8a8)
+    out = layer(mx_moe_w8a8, apply_router_weight_on_input=True)
+    assert_bits_equal(out, expected)
+
+
 def test_two_runs_give_the_same_bits_and_leading_axes_are_tokens():
     layer = make_layer(jnp.bfloat16, num_tokens=12).quantized()
     out = layer()
@@ -214,6 +225,29 @@ def test_vmap_over_layers_merges_their_experts():
     )
     for i in range(2):
         np.testing.assert_allclose(out[i], layers[i](), rtol=0, atol=1e-5)
+
+
+def test_inside_scan_eval_shape_and_shard_map():
+    layer = make_layer().quantized()
+    run = lambda x: mx_moe(x, layer.w13, layer.w2, layer.ids, layer.weights)
+    scanned = jax.jit(lambda x: jax.lax.scan(lambda x, _: (run(x), x), x, length=2)[0])
+    np.testing.assert_allclose(scanned(layer.x), run(run(layer.x)), rtol=0, atol=1e-5)
+    through = lambda f: jax.grad(lambda x: jnp.sum(f(x)))(layer.x)
+    np.testing.assert_allclose(
+        through(scanned), through(lambda x: run(run(x))), rtol=0, atol=1e-4
+    )
+    assert jax.eval_shape(run, layer.x).shape == (T, H)
+    mesh = jax.make_mesh((1,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("t"), jax.sharding.PartitionSpec()
+    sharded = jax.shard_map(
+        mx_moe, mesh=mesh, in_specs=(rows, whole, whole, rows, rows), out_specs=rows
+    )
+    np.testing.assert_allclose(
+        jax.jit(sharded)(layer.x, layer.w13, layer.w2, layer.ids, layer.weights),
+        run(layer.x),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_gradients_match_a_dense_layer():

@@ -9,6 +9,7 @@ those that no token needs are skipped.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,15 +109,17 @@ def moe(
         topk_ids.reshape(-1), num_experts, tiling
     )
     in_tiles = (-1, tiling.chunk_tiles, tiling.tile_rows)
-    if quantize_activations:
-        x = fake_quantize(x)
     weights = topk_weights.astype(jnp.float32)
+    if quantize_activations and not apply_router_weight_on_input:
+        x = fake_quantize(x)  # once per token, not once per row
 
     def tokens_of(rows):
         tokens = x[rows // top_k]
-        if apply_router_weight_on_input:
-            return (tokens * weights.reshape(-1)[rows][..., None]).astype(x.dtype)
-        return tokens
+        if not apply_router_weight_on_input:
+            return tokens
+        factors = weights.reshape(-1)[rows][..., None]
+        tokens = (tokens.astype(jnp.float32) * factors).astype(x.dtype)
+        return fake_quantize(tokens) if quantize_activations else tokens
 
     expert = functools.partial(
         _apply_experts,
@@ -128,31 +131,51 @@ def moe(
         quantize_activations=quantize_activations,
     )
 
+    operands = (x, w13, w2, topk_ids, topk_weights, w13_bias, w2_bias)
+    zero = _varying_zero(operands, x.dtype)
+
     # Recomputed in the backward pass: widened weights must never be stored.
     @jax.checkpoint
     def chunk(_, tile):
         experts, rows = tile
         # Unused tiles are last, so the first of a chunk speaks for all.
-        out = jax.lax.cond(
+        return None, jax.lax.cond(
             experts[0] < num_experts,
             lambda: expert(tokens_of(rows), experts),
-            lambda: jnp.zeros((*rows.shape, x.shape[-1]), x.dtype),
+            lambda: jnp.broadcast_to(zero, (*rows.shape, x.shape[-1])),
         )
-        return None, out
 
     _, out = jax.lax.scan(
         chunk,
         None,
         (tile_experts.reshape(in_tiles[:2]), row_of_slot.reshape(in_tiles)),
     )
-    # A gather instead of a scatter: the sum over experts has one fixed order.
-    out = out.reshape(-1, x.shape[-1])
-    is_local = (slot_of_row < out.shape[0]).reshape(num_tokens, top_k)
-    out = out[jnp.minimum(slot_of_row, out.shape[0] - 1)].astype(jnp.float32)
-    out = out.reshape(num_tokens, top_k, x.shape[-1])
     factors = jnp.ones_like(weights) if apply_router_weight_on_input else weights
-    out = jnp.where(is_local[..., None], out * factors[..., None], 0)
-    return jnp.sum(out, axis=1).astype(x.dtype)
+    return _combine(out.reshape(-1, x.shape[-1]), slot_of_row, factors)
+
+
+def _combine(
+    out: Float[Array, "slots h"],
+    slot_of_row: Int[Array, " r"],
+    factors: Float[Array, "t k"],
+) -> Float[Array, "t h"]:
+    """Sums what a token's experts returned, in float32; absent experts are zeros."""
+    num_slots, hidden_size = out.shape
+    # A gather instead of a scatter: the sum over experts has one fixed order.
+    rows = out[jnp.minimum(slot_of_row, num_slots - 1)].astype(jnp.float32)
+    rows = rows.reshape(*factors.shape, hidden_size) * factors[..., None]
+    is_local = (slot_of_row < num_slots).reshape(factors.shape)
+    return jnp.sum(jnp.where(is_local[..., None], rows, 0), axis=1).astype(out.dtype)
+
+
+def _varying_zero(operands: Any, dtype: jnp.dtype) -> Array:
+    """Returns a zero that varies over the mesh axes that any operand varies over.
+
+    Inside `shard_map` the branches of a condition must agree in that.
+    """
+    empty = lambda a: jax.lax.stop_gradient(a).reshape(-1)[:0].astype(dtype)
+    leaves = jax.tree.leaves(operands)
+    return functools.reduce(jnp.add, [jnp.sum(empty(leaf)) for leaf in leaves])
 
 
 def _assign_slots(
