@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jmx8 import MXArray, quantize
-from jmx8.kernels.flashinfer import layouts, prepare
+from jmx8.kernels.flashinfer import layouts, modules, prepare
 
 from .helpers import assert_bits_equal
 
@@ -51,6 +51,34 @@ def test_swizzle_follows_the_formula_for_all_remainders(tile_rows):
 def round_trip(scales, tile_rows):
     swizzled, (rows, cols) = layouts.swizzle_scales(scales, tile_rows), scales.shape
     return swizzled, layouts.unswizzle_scales(swizzled, rows, cols, tile_rows)
+
+
+def test_swizzle_is_that_of_flashinfers_quantizer():
+    arch = "10.0a"  # what runs on the host is the same for every architecture
+    path = modules.find(modules.QUANTIZATION, arch)
+    if path is None:
+        pytest.skip(f"FlashInfer's {modules.QUANTIZATION.name} is not built for {arch}")
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+    modules.preload_libraries(path)
+    quantize_on_host = tvm_ffi.load_module(str(path))["mxfp8_quantize_host"]
+    swizzled_layout, linear_layout = 0, 2
+
+    def scales_of(x, layout, size):
+        codes = torch.zeros(x.shape, dtype=torch.uint8)
+        scales = torch.zeros(size, dtype=torch.uint8)
+        quantize_on_host(torch.from_numpy(x), codes, scales, layout)
+        return scales.numpy()
+
+    rng = np.random.default_rng(0)
+    for rows in range(1, 130):
+        cols = rows % 9 + 1
+        blocks = rng.standard_normal((rows, cols, 32), np.float32)
+        x = (blocks * 2.0 ** rng.integers(-40, 40, (rows, cols, 1))).astype(np.float32)
+        x = x.reshape(rows, cols * 32)
+        linear = scales_of(x, linear_layout, rows * cols).reshape(rows, cols)
+        size = -(-rows // 128) * 128 * -(-cols // 4) * 4
+        ours, _ = round_trip(jnp.asarray(linear), 128)
+        assert_bits_equal(ours, scales_of(x, swizzled_layout, size))
 
 
 def test_leading_axes_and_vmap_pad_each_element():
