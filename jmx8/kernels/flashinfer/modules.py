@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from .._buildable import Buildable
 from .._cache import cache_folder
 from . import _toolchain, cubins
 from ._version import installed_version, TESTED, version_problem
@@ -270,7 +271,7 @@ def load(module: Module, capability: Capability) -> Any:
     if problem := unavailable(module, capability):
         raise RuntimeError(f"{problem}.")
     arch = arch_of(capability)
-    path = find(module, arch) or build(module, arch)
+    path = find(module, arch) or _build_now(module, arch)
     import tvm_ffi  # pyright: ignore[reportMissingImports]
 
     if module.cubins:
@@ -306,6 +307,15 @@ def preload_libraries(path: pathlib.Path) -> None:
         ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
 
 
+def _build_now(module: Module, arch: str) -> pathlib.Path:
+    _log.warning(
+        "building FlashInfer's %s for %s, once; it takes minutes. "
+        "`jmx8 build-kernels --arch %s` builds ahead.",
+        *(module.name, arch, arch),
+    )
+    return build(module, arch)
+
+
 def build(module: Module, arch: str, jobs: int | None = None) -> pathlib.Path:
     """Builds a module into jmx8's cache, in a process that imports FlashInfer.
 
@@ -318,11 +328,6 @@ def build(module: Module, arch: str, jobs: int | None = None) -> pathlib.Path:
         RuntimeError: If it cannot be built, with the reason. What the compiler printed
             went to stderr.
     """
-    _log.warning(
-        "building FlashInfer's %s for %s, once; it takes minutes. "
-        "`jmx8 build-kernels --arch %s` builds ahead.",
-        *(module.name, arch, arch),
-    )
     command = [sys.executable, "-m", "jmx8.kernels.flashinfer.build", module.name, arch]
     command += [] if jobs is None else [str(jobs)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -357,3 +362,18 @@ def diagnose(capability: Capability) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _buildable(module: Module) -> Buildable:
+    return Buildable(
+        name=module.name,
+        capabilities=module.capabilities,
+        find=functools.partial(find, module),
+        build=functools.partial(build, module),
+        # It comes with thousands of files from the network, and the MoE that the
+        # ops prefer does without it.
+        by_default=module in OPS and not module.cubins,
+    )
+
+
+BUILDABLES = tuple(_buildable(module) for module in MODULES)
