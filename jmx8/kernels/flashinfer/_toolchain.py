@@ -35,6 +35,9 @@ def wheel_folders(name: str) -> list[pathlib.Path]:
     )
 
 
+_DEFAULT_HOME = "/usr/local/cuda"
+
+
 def cuda_home() -> pathlib.Path | None:
     """Returns the toolkit to compile with, None if there is none.
 
@@ -44,7 +47,7 @@ def cuda_home() -> pathlib.Path | None:
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         candidates.append(str(pathlib.Path(nvcc).resolve().parents[1]))
-    candidates.append("/usr/local/cuda")
+    candidates.append(_DEFAULT_HOME)
     for candidate in filter(None, candidates):
         root = pathlib.Path(candidate)
         if (root / "bin/nvcc").exists() and (root / "include/cuda_runtime.h").exists():

@@ -262,7 +262,7 @@ def _cannot_build(module: Module) -> str | None:
 
 
 @functools.cache
-def load(module: Module, capability: Capability) -> Any:
+def load(module: Module, capability: Capability | None) -> Any:
     """Returns the module as a `tvm_ffi.Module`; builds it first if it must.
 
     Raises:
@@ -270,6 +270,7 @@ def load(module: Module, capability: Capability) -> Any:
     """
     if problem := unavailable(module, capability):
         raise RuntimeError(f"{problem}.")
+    assert capability is not None
     arch = arch_of(capability)
     path = find(module, arch) or _build_now(module, arch)
     import tvm_ffi  # pyright: ignore[reportMissingImports]
