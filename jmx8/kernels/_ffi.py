@@ -157,34 +157,47 @@ def _make_run(
     out_types: tuple[jax.ShapeDtypeStruct, ...],
     aliases: tuple[tuple[int, int], ...],
 ) -> Callable[..., Any]:
-    """Returns the custom call, such that no transformation can misread it."""
+    call = jax.ffi.ffi_call(target, out_types, input_output_aliases=dict(aliases))
+    return guard(target, call, ranks, out_types)
 
-    def on_whole_operands(*operands):
-        run = jax.ffi.ffi_call(target, out_types, input_output_aliases=dict(aliases))
-        return run(*operands)
+
+def guard(
+    name: str,
+    call: Callable[..., Any],
+    ranks: tuple[int, ...],
+    out_types: tuple[jax.ShapeDtypeStruct, ...],
+) -> Callable[..., Any]:
+    """Returns a custom call such that no transformation of JAX can misread it.
+
+    Args:
+        name: What error messages call it.
+        call: The custom call, of whole operands.
+        ranks: Number of axes of each operand.
+        out_types: What it returns.
+    """
 
     def partition(mesh, operands, results):
         # XLA would gather the operands on every device and say nothing.
         for operand in operands:
             if not operand.sharding.is_fully_replicated:
                 raise ValueError(
-                    f"{target}: an operand of shape {operand.shape} is sharded as "
+                    f"{name}: an operand of shape {operand.shape} is sharded as "
                     f"{operand.sharding}, and a kernel runs on whole operands. Call it "
                     "inside jax.shard_map, or replicate the operands."
                 )
         whole = NamedSharding(mesh, PartitionSpec())
         replicated = lambda shapes: jax.tree.map(lambda _: whole, shapes)
-        return mesh, on_whole_operands, replicated(results), replicated(operands)
+        return mesh, call, replicated(results), replicated(operands)
 
-    partitioned = custom_partitioning(on_whole_operands)
+    partitioned = custom_partitioning(lambda *operands: call(*operands))
     partitioned.def_partition(partition, sharding_rule=_unrelated(ranks, out_types))
     run = jax.custom_batching.custom_vmap(partitioned)
 
     @run.def_vmap
     def rule(axis_size, in_batched, *operands):
         raise NotImplementedError(
-            f"{target}: an external kernel has no batching rule. Use the op of jmx8 "
-            "that calls it, which folds the batch into its operands."
+            f"{name}: an external kernel has no batching rule. Use the op of jmx8 that "
+            "calls it, which folds the batch into its operands."
         )
 
     # Outside `jit` nothing would be partitioned, and so nothing refused.
