@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jmx8 import MXArray, quantize
+from jmx8.kernels._prepared import prepare_weights
 from jmx8.kernels.flashinfer import layouts, modules, prepare
 
 from .helpers import assert_bits_equal
@@ -172,15 +173,22 @@ def assert_same(restored: MXArray, original: MXArray):
 )
 def test_dense_weights(shape, padded_shape):
     w = canonical(*shape)
-    prepared = jax.jit(prepare.prepare_dense_cutlass)(w)
+    prepared = jitted_prepare(w, prepare.dense_cutlass())
+    prepared_elements, prepared_scales = prepared.arrays
     n, k = padded_shape[-2:]
-    assert prepared.elements.shape == padded_shape
-    assert_bits_equal(prepared.elements, padded(w.elements, n, k))
+    assert prepared_elements.shape == padded_shape
+    assert_bits_equal(prepared_elements, padded(w.elements, n, k))
     scales = padded(w.scales, n, k // 32).reshape(-1, n, k // 32)
     expected = np.stack([swizzle_by_formula(s, 128) for s in scales])
-    assert_bits_equal(prepared.scales, expected.reshape(*shape[:-2], -1))
-    like = jax.eval_shape(lambda: w)
-    assert_same(prepare.restore_dense_cutlass(prepared, like), w)
+    assert_bits_equal(prepared_scales, expected.reshape(*shape[:-2], -1))
+    assert_same(prepared.canonical(), w)
+
+
+jitted_prepare = jax.jit(prepare_weights, static_argnums=1)
+
+
+def prepared_moe(w13, w2, layout, *, gated):
+    return jitted_prepare(w13, layout(gated)), jitted_prepare(w2, layout(False))
 
 
 MOE_SHAPES = [(128, 256), (40, 70), (192, 96), (320, 300)]  # i, h
@@ -195,26 +203,26 @@ def moe_weights(inner_size, hidden_size, *, gated):
 @pytest.mark.parametrize(("inner_size", "hidden_size"), MOE_SHAPES)
 def test_cutlass_moe_weights(inner_size, hidden_size, gated):
     w13, w2 = moe_weights(inner_size, hidden_size, gated=gated)
-    prepared = jax.jit(prepare.prepare_moe_cutlass)(w13, w2)
+    prepared13, prepared2 = prepared_moe(w13, w2, prepare.moe_cutlass, gated=gated)
     i, h = -(-inner_size // 128) * 128, -(-hidden_size // 128) * 128
-    assert_bits_equal(prepared.w13, padded_w13(w13.elements, i, h, gated=gated))
-    assert_bits_equal(prepared.w2, padded(w2.elements, h, i))
+    elements13, words13 = prepared13.arrays
+    elements2, words2 = prepared2.arrays
+    assert_bits_equal(elements13, padded_w13(w13.elements, i, h, gated=gated))
+    assert_bits_equal(elements2, padded(w2.elements, h, i))
     rows = 2 * i if gated else i
     for words, expected, shape in (
         (
-            prepared.w13_scales,
+            words13,
             padded_w13(w13.scales, i, h // 32, gated=gated),
             (3, rows, h // 128),
         ),
-        (prepared.w2_scales, padded(w2.scales, h, i // 32), (3, h, i // 128)),
+        (words2, padded(w2.scales, h, i // 32), (3, h, i // 128)),
     ):
         assert words.shape == shape and words.dtype == jnp.int32
         expected = np.stack([swizzle_by_formula(s, 128) for s in expected])
         assert_bits_equal(as_bytes(words).reshape(3, -1), expected)
-    like = jax.eval_shape(lambda: (w13, w2))
-    restored = prepare.restore_moe_cutlass(prepared, *like)
-    assert_same(restored[0], w13)
-    assert_same(restored[1], w2)
+    assert_same(prepared13.canonical(), w13)
+    assert_same(prepared2.canonical(), w2)
 
 
 def trtllm_by_flashinfer(matrix, *, gated):
@@ -229,22 +237,15 @@ def trtllm_by_flashinfer(matrix, *, gated):
 @pytest.mark.parametrize(("inner_size", "hidden_size"), MOE_SHAPES)
 def test_trtllm_moe_weights(inner_size, hidden_size, gated):
     w13, w2 = moe_weights(inner_size, hidden_size, gated=gated)
-    prepared = jax.jit(prepare.prepare_moe_trtllm)(w13, w2)
+    prepared13, prepared2 = prepared_moe(w13, w2, prepare.moe_trtllm, gated=gated)
     i, h = -(-inner_size // 128) * 128, -(-hidden_size // 128) * 128
     elements13 = padded_w13(w13.elements, i, h, gated=gated)
     scales13 = padded_w13(w13.scales, i, h // 32, gated=gated)
     for expert in range(3):
         for matrix, scales, elements, linear, is_gated in (
+            (*prepared13.arrays, elements13, scales13, gated),
             (
-                prepared.w13,
-                prepared.w13_scales,
-                elements13,
-                scales13,
-                gated,
-            ),
-            (
-                prepared.w2,
-                prepared.w2_scales,
+                *prepared2.arrays,
                 padded(w2.elements, h, i),
                 padded(w2.scales, h, i // 32),
                 False,
@@ -256,28 +257,22 @@ def test_trtllm_moe_weights(inner_size, hidden_size, gated):
             assert scales.shape == linear.shape and scales.dtype == jnp.uint8
             swizzled = swizzle_by_formula(shuffled, 128)
             assert_bits_equal(scales[expert].reshape(-1), swizzled)
-    restored = prepare.restore_moe_trtllm(prepared, w13, w2)
-    assert_same(restored[0], w13)
-    assert_same(restored[1], w2)
+    assert_same(prepared13.canonical(), w13)
+    assert_same(prepared2.canonical(), w2)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_biases_are_in_the_order_of_the_rows(gated):
-    weights = moe_weights(40, 70, gated=gated)
+    w13, w2 = moe_weights(40, 70, gated=gated)
     # A bias that equals the first column of its weight must stay so.
     first_column = lambda a: jnp.asarray(np.asarray(a, np.float32)[..., 0])
-    b13, b2 = (first_column(w.elements) for w in weights)
-    cutlass = jax.jit(prepare.prepare_moe_cutlass)(*weights)
-    trtllm = jax.jit(prepare.prepare_moe_trtllm)(*weights)
-    for prepared, order in (
-        (cutlass, prepare.prepare_bias_cutlass),
-        (trtllm, prepare.prepare_bias_trtllm),
+    for weight_layout, bias_layout in (
+        (prepare.moe_cutlass, prepare.bias_cutlass),
+        (prepare.moe_trtllm, prepare.bias_trtllm),
     ):
-        assert_bits_equal(order(b13, gated=gated), first_column(prepared.w13))
-        assert_bits_equal(order(b2, gated=False), first_column(prepared.w2))
-
-
-def test_disagreeing_moe_weights_are_named():
-    w13, w2 = moe_weights(40, 70, gated=True)
-    with pytest.raises(ValueError, match=r"w13 must be \[\.\.\., 2i, h\]"):
-        prepare.prepare_moe_cutlass(w2, w13)
+        for w, is_gated in ((w13, gated), (w2, False)):
+            bias = first_column(w.elements)
+            prepared = jitted_prepare(bias, bias_layout(is_gated))
+            weights = jitted_prepare(w, weight_layout(is_gated))
+            assert_bits_equal(prepared.arrays[0], first_column(weights.arrays[0]))
+            assert_bits_equal(prepared.canonical(), bias)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from .._device import default_device
 from .._mx_array import MXArray
+from ..kernels._prepared import is_prepared, to_canonical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +31,25 @@ class Backend:
         unsupported: Returns why the operands cannot run here, or None if they can.
         run: Computes the op. Takes the same operands and options as `unsupported`.
         reason: What speaks for it, as `explain` shows it.
+        prepare: Returns the operands with the weights in the backend's own layout,
+            without which it does not run; None if it takes canonical ones.
     """
 
     name: str
     unsupported: Callable[..., str | None]
     run: Callable[..., Any]
     reason: str
+    prepare: Callable[..., tuple[Any, ...]] | None = None
 
 
 def xla_backend(run: Callable[..., Any]) -> Backend:
     """Returns the pure-XLA backend: the last in every list, since it never refuses."""
+    run = _on_canonical(run)
     return Backend("xla", lambda *operands, **options: None, run, "runs everywhere")
+
+
+def _on_canonical(run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *operands, **options: run(*to_canonical(operands), **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +173,33 @@ def select(
     )
 
 
+def prepare(op: Op, options: Mapping[str, Any], *operands: Any) -> tuple[Any, ...]:
+    """Returns the operands with their weights as the backend that will run wants them.
+
+    Args:
+        op: The op.
+        options: Its static arguments.
+        *operands: As for `call`; only the weights are returned changed, and only they
+            need be concrete.
+    """
+    for backend in op.backends:
+        if backend.prepare is None:
+            if backend.unsupported(*operands, **options) is None:
+                return operands
+            continue
+        abstract = jax.eval_shape(backend.prepare, *operands)
+        if backend.unsupported(*abstract, **options) is None:
+            return backend.prepare(*operands)
+    raise AssertionError(f"{op.name}: no backend takes canonical weights")
+
+
 def _describe(operand: Any) -> str:
     if operand is None:
         return "None"
     if isinstance(operand, MXArray):
         return f"MXArray({operand.dtype.name}[{','.join(map(str, operand.shape))}])"
+    if is_prepared(operand):
+        return repr(operand)
     return str(jax.typeof(operand))
 
 
@@ -217,7 +248,7 @@ def _call_bwd(op, implementation, options, record, operands, cotangent):
             next(remaining) if flag else operand
             for flag, operand in zip(is_float, operands, strict=True)
         ]
-        return op.reference(*merged, **dict(options))
+        return _on_canonical(op.reference)(*merged, **dict(options))
 
     floats = [x for flag, x in zip(is_float, operands, strict=True) if flag]
     gradients = iter(jax.vjp(reference, *floats)[1](cotangent))
@@ -266,6 +297,11 @@ def _make_vmappable(
     @run.def_vmap
     def rule(axis_size, in_batched, *operands):
         batched = [any(jax.tree.leaves(b)) for b in in_batched]
+        # A stack of prepared weights is in no kernel's layout.
+        operands = [
+            jax.vmap(to_canonical)(operand) if is_batched else operand
+            for operand, is_batched in zip(operands, batched, strict=True)
+        ]
         folded, unfold = op.fold(axis_size, batched, *operands)
         out = unfold(run(*folded))
         return out, jax.tree.map(lambda _: True, out)

@@ -14,6 +14,7 @@ from jaxtyping import Array, DTypeLike, Float
 from .._mx_array import MXArray, set_matmul
 from .._types import Implementation
 from ..kernels import xla_matmul
+from ..kernels._prepared import PreparedWeights
 from . import _dispatch
 
 
@@ -90,7 +91,7 @@ def mx_matmul(
 
 def mx_matmul_w8a8(
     x: Float[Array, "*batch k"],
-    w: MXArray,
+    w: MXArray | PreparedWeights,
     *,
     out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
@@ -98,8 +99,9 @@ def mx_matmul_w8a8(
     """Multiplies activations quantized to MXFP8 by MXFP8 weights: `q(x) @ w.T`.
 
     `q` is `quantize` along k, with one scale per 32 activations. The gradient with
-    respect to `x` is that of `mx_matmul`, as if `x` had not been rounded. Otherwise
-    the arguments, the result and the errors are those of `mx_matmul`.
+    respect to `x` is that of `mx_matmul`, as if `x` had not been rounded. `w` may also
+    be what `jmx8.prepare` made of an `MXArray`. Otherwise the arguments, the result and
+    the errors are those of `mx_matmul`.
     """
     return _matmul(_MATMUL_W8A8, x, w, out_dtype, implementation)
 
@@ -107,9 +109,10 @@ def mx_matmul_w8a8(
 def _matmul(op, x, w, out_dtype, implementation):
     _check_operands(op.name, x, w)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    if w.padding:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.padding)])
-    w = dataclasses.replace(w, padding=0, transposed=False)
+    if isinstance(w, MXArray):
+        if w.padding:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.padding)])
+        w = dataclasses.replace(w, padding=0, transposed=False)
     # Backends see [*g, m, k] and [*g, n, k] only.
     num_groups = w.ndim - 2
     m = math.prod(x.shape[num_groups:-1])
@@ -119,20 +122,20 @@ def _matmul(op, x, w, out_dtype, implementation):
 
 
 def _check_operands(name, x, w):
-    if not isinstance(w, MXArray):
+    if not isinstance(w, MXArray | PreparedWeights):
         raise TypeError(
             f"{name}: w must be an MXArray, got {type(w).__name__}. Use "
             "`jmx8.quantize(w)` to make one."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name}: x must be a float array, got dtype {x.dtype}.")
-    k = w.elements.shape[-1] - w.padding
-    groups = w.elements.shape[:-2]
-    if w.ndim < 2 or x.ndim < 1 or x.shape[-1] != k:
+    shape = w.mT.shape if isinstance(w, MXArray) and w.transposed else w.shape
+    if len(shape) < 2 or x.ndim < 1 or x.shape[-1] != shape[-1]:
         raise ValueError(
             f"{name}: the last axis of x must be k and w must be [..., n, k], got "
-            f"{x.shape=} and {w.shape=} with k={k}. Transpose or reshape x."
+            f"{x.shape=} and {w.shape=}, stored as {shape}. Transpose or reshape x."
         )
+    groups = shape[:-2]
     if groups and (x.ndim < w.ndim or x.shape[: len(groups)] != groups):
         raise ValueError(
             f"{name}: x must be [*g, m, k] for weights [*g, n, k], got {x.shape=} and "

@@ -1,18 +1,20 @@
 """Weights in the form that FlashInfer's MXFP8 kernels take, made once from `MXArray`s.
 
-Each `prepare_*` has a `restore_*` that gives back the same `MXArray`, bit for bit. What
-a kernel needs beyond the logical size is zero elements and zero scale bytes, which add
-nothing to any sum; the caller pads the activations alike and cuts the output.
+Every layout can be undone, bit for bit. What a kernel needs beyond the logical size is
+zero elements and zero scale bytes, which add nothing to any sum; the caller pads the
+activations alike and cuts the output.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float8e4m3fn, Int32, Num, UInt8
+from jaxtyping import Array, Float8e4m3fn, Num, UInt8
 
 from ..._mx_array import BLOCK_SIZE, MXArray
+from .._prepared import Layout
 from .layouts import (
     interleave_halves,
     invert,
@@ -34,53 +36,6 @@ _DENSE_MINIMUM, _DENSE_MULTIPLE = 128, 32
 _MOE_MULTIPLE = 128
 
 
-class DenseWeight(NamedTuple):
-    """What `mxfp8_gemm` takes as its second matrix.
-
-    Attributes:
-        elements: `[..., n, k]`, n and k padded as `padded_dense_shape` says.
-        scales: 128x4-swizzled bytes, flat for each element of the leading axes.
-    """
-
-    elements: Float8e4m3fn[Array, "*e n k"]
-    scales: UInt8[Array, "*e size"]
-
-
-class CutlassMoEWeights(NamedTuple):
-    """What `cutlass_fused_moe` takes; i and h are multiples of 128.
-
-    Attributes:
-        w13: `[e, 2i, h]`, the rows of up before those of gate; `[e, i, h]` without a
-            gate.
-        w13_scales: 128x4-swizzled, four bytes to a word, `[e, rows, h / 128]`.
-        w2: `[e, h, i]`.
-        w2_scales: `[e, h, i / 128]`.
-    """
-
-    w13: Float8e4m3fn[Array, "*e n h"]
-    w13_scales: Int32[Array, "*e n h/128"]
-    w2: Float8e4m3fn[Array, "*e h i"]
-    w2_scales: Int32[Array, "*e h i/128"]
-
-
-class TRTLLMMoEWeights(NamedTuple):
-    """What `trtllm_fp8_block_scale_moe` takes; i and h are multiples of 128.
-
-    Attributes:
-        w13: `[e, 2i, h]`, rows of up and gate in turn (`[e, i, h]` without a gate),
-            then shuffled.
-        w13_scales: Bytes in the same order of rows, 128x4-swizzled for each expert, in
-            the shape `[e, rows, h / 32]` that they had before.
-        w2: `[e, h, i]`, shuffled.
-        w2_scales: `[e, h, i / 32]`.
-    """
-
-    w13: Float8e4m3fn[Array, "*e n h"]
-    w13_scales: UInt8[Array, "*e n h/32"]
-    w2: Float8e4m3fn[Array, "*e h i"]
-    w2_scales: UInt8[Array, "*e h i/32"]
-
-
 def padded_dense_shape(n: int, k: int) -> tuple[int, int]:
     """Returns the n and k that `mxfp8_gemm` sees for a logical `[n, k]`."""
     pad = lambda size: max(round_up(size, _DENSE_MULTIPLE), _DENSE_MINIMUM)
@@ -92,149 +47,143 @@ def padded_moe_size(size: int) -> int:
     return round_up(size, _MOE_MULTIPLE)
 
 
-def prepare_dense_cutlass(w: MXArray) -> DenseWeight:
-    """Lays out a weight `[..., n, k]` for `mxfp8_gemm`."""
+def dense_cutlass() -> Layout:
+    """Returns the layout of `[..., n, k]` for `mxfp8_gemm`.
+
+    Elements `[..., n, k]`, both padded as `padded_dense_shape` says, and 128x4-swizzled
+    scale bytes, flat for each element of the leading axes.
+    """
+    return _DENSE_CUTLASS
+
+
+@functools.cache  # A layout is static, so there must be one of each.
+def moe_cutlass(gated: bool) -> Layout:
+    """Returns the layout of a weight for `cutlass_fused_moe`.
+
+    Elements, w13 with the rows of up before those of gate, and 128x4-swizzled scales,
+    four bytes to a word, `[e, rows, k / 128]`. The kernel's scales have
+    `2 * round_up(i, 128)` rows for each expert where its matmul steps over
+    `round_up(2 * i, 128)`, so i must be a multiple of 128: gate, up and the columns of
+    w2 are padded.
+
+    Args:
+        gated: Whether it is w13 `[e, 2i, h]`, the rows of gate before those of up;
+            False for w2 `[e, h, i]` and for w13 `[e, i, h]` without a gate.
+    """
+    name = "cutlass_fused_moe, up before gate" if gated else "cutlass_fused_moe"
+    order = swap_halves if gated else None
+    return _moe_layout(name, gated, order, _pack_words, _unpack_words)
+
+
+@functools.cache
+def moe_trtllm(gated: bool) -> Layout:
+    """Returns the layout of a weight for `trtllm_fp8_block_scale_moe`.
+
+    Elements, w13 with rows of up and gate in turn, then shuffled; and scale bytes in
+    the same order of rows, 128x4-swizzled for each expert, in the shape
+    `[e, rows, k / 32]` that they had before. `gated` is as for `moe_cutlass`.
+    """
+    kernel = "trtllm_fp8_block_scale_moe"
+    name = f"{kernel}, gate and up interleaved" if gated else kernel
+    pack = lambda scales: swizzle_scales(scales).reshape(scales.shape)
+    unpack = lambda scales: unswizzle_scales(
+        scales.reshape(*scales.shape[:-2], -1), *scales.shape[-2:]
+    )
+    return _moe_layout(name, gated, _trtllm_order(gated), pack, unpack)
+
+
+@functools.cache
+def bias_cutlass(gated: bool) -> Layout:
+    """Returns the layout of a bias `[e, rows]` of a weight in `moe_cutlass(gated)`."""
+    return _bias_layout("cutlass_fused_moe", gated, swap_halves if gated else None)
+
+
+@functools.cache
+def bias_trtllm(gated: bool) -> Layout:
+    """Returns the layout of a bias `[e, rows]` of a weight in `moe_trtllm(gated)`."""
+    return _bias_layout("trtllm_fp8_block_scale_moe", gated, _trtllm_order(gated))
+
+
+# The order of so many rows, or None for the order that they are in.
+_Order = Callable[[int], np.ndarray] | None
+
+
+def _trtllm_order(gated: bool) -> _Order:
+    if not gated:
+        return shuffle_rows
+    return lambda rows: swap_halves(rows)[interleave_halves(rows)[shuffle_rows(rows)]]
+
+
+def _prepare_dense(w: MXArray) -> tuple[Array, ...]:
     n, k = padded_dense_shape(*w.elements.shape[-2:])
     elements, scales = _arrange(w, 1, n, k, None)
-    return DenseWeight(elements, swizzle_scales(scales))
+    return elements, swizzle_scales(scales)
 
 
-def restore_dense_cutlass(prepared: DenseWeight, like: MXArray) -> MXArray:
-    """Undoes `prepare_dense_cutlass`; `like` has the shape of the result.
-
-    Args:
-        prepared: What `prepare_dense_cutlass` returned.
-        like: The original, or `jax.eval_shape`'s of it.
-    """
-    n, k = prepared.elements.shape[-2:]
-    scales = unswizzle_scales(prepared.scales, n, k // BLOCK_SIZE)
-    return _restore(prepared.elements, scales, like, 1, None)
+def _restore_dense(arrays: tuple[Array, ...], like: MXArray) -> MXArray:
+    elements, scales = arrays
+    n, k = elements.shape[-2:]
+    scales = unswizzle_scales(scales, n, k // BLOCK_SIZE)
+    return _restore(elements, scales, like, 1, None)
 
 
-def prepare_moe_cutlass(w13: MXArray, w2: MXArray) -> CutlassMoEWeights:
-    """Lays out the weights of an MoE layer for `cutlass_fused_moe`.
-
-    The kernel's scales have `2 * round_up(i, 128)` rows for each expert where its
-    matmul steps over `round_up(2 * i, 128)`, so i must be a multiple of 128: gate, up
-    and the columns of `w2` are padded.
-
-    Args:
-        w13: `[e, 2i, h]`, the rows of gate before those of up; `[e, i, h]` without a
-            gate.
-        w2: `[e, h, i]`.
-    """
-    halves, rows, hidden_size, inner_size = _moe_shape(w13, w2)
-    order = swap_halves(rows) if halves == 2 else None
-    elements13, scales13 = _arrange(w13, halves, rows, hidden_size, order)
-    elements2, scales2 = _arrange(w2, 1, hidden_size, inner_size, None)
-    return CutlassMoEWeights(
-        elements13, _pack_scales(scales13), elements2, _pack_scales(scales2)
-    )
+_DENSE_CUTLASS = Layout("mxfp8_gemm", _prepare_dense, _restore_dense)
 
 
-def restore_moe_cutlass(
-    prepared: CutlassMoEWeights, w13_like: MXArray, w2_like: MXArray
-) -> tuple[MXArray, MXArray]:
-    """Undoes `prepare_moe_cutlass`; see `restore_dense_cutlass` for the last two."""
-    halves, rows, *_ = _moe_shape(w13_like, w2_like)
-    order = swap_halves(rows) if halves == 2 else None
-    scales13, scales2 = (
-        unswizzle_scales(
-            unpack_int32(s.reshape(*s.shape[:-2], -1)), s.shape[-2], 4 * s.shape[-1]
-        )
-        for s in (prepared.w13_scales, prepared.w2_scales)
-    )
-    return (
-        _restore(prepared.w13, scales13, w13_like, halves, order),
-        _restore(prepared.w2, scales2, w2_like, 1, None),
-    )
-
-
-def prepare_moe_trtllm(w13: MXArray, w2: MXArray) -> TRTLLMMoEWeights:
-    """Lays out the weights of an MoE layer for `trtllm_fp8_block_scale_moe`.
-
-    Args:
-        w13: `[e, 2i, h]`, the rows of gate before those of up; `[e, i, h]` without a
-            gate.
-        w2: `[e, h, i]`.
-    """
-    halves, rows, hidden_size, inner_size = _moe_shape(w13, w2)
-    order13, order2 = _trtllm_orders(halves, rows, hidden_size)
-    elements13, scales13 = _arrange(w13, halves, rows, hidden_size, order13)
-    elements2, scales2 = _arrange(w2, 1, hidden_size, inner_size, order2)
-    swizzle = lambda scales: swizzle_scales(scales).reshape(scales.shape)
-    return TRTLLMMoEWeights(elements13, swizzle(scales13), elements2, swizzle(scales2))
-
-
-def restore_moe_trtllm(
-    prepared: TRTLLMMoEWeights, w13_like: MXArray, w2_like: MXArray
-) -> tuple[MXArray, MXArray]:
-    """Undoes `prepare_moe_trtllm`; see `restore_dense_cutlass` for the last two."""
-    halves, rows, hidden_size, _ = _moe_shape(w13_like, w2_like)
-    order13, order2 = _trtllm_orders(halves, rows, hidden_size)
-    scales13, scales2 = (
-        unswizzle_scales(s.reshape(*s.shape[:-2], -1), s.shape[-2], s.shape[-1])
-        for s in (prepared.w13_scales, prepared.w2_scales)
-    )
-    return (
-        _restore(prepared.w13, scales13, w13_like, halves, order13),
-        _restore(prepared.w2, scales2, w2_like, 1, order2),
-    )
-
-
-def prepare_bias_cutlass(
-    bias: Num[Array, "*e n"], *, gated: bool
-) -> Num[Array, "*e padded"]:
-    """Pads a bias of `w13`, gate before up, and orders it as `prepare_moe_cutlass`.
-
-    With `gated=False` it serves for the bias of `w2` too.
-    """
+def _moe_layout(
+    name: str,
+    gated: bool,
+    order: _Order,
+    pack: Callable[[Array], Array],
+    unpack: Callable[[Array], Array],
+) -> Layout:
     halves = 2 if gated else 1
-    rows = halves * padded_moe_size(bias.shape[-1] // halves)
-    order = swap_halves(rows) if gated else None
-    return _pad_and_take(bias[..., None], halves, rows, 1, order)[..., 0]
+
+    def prepare(w: MXArray) -> tuple[Array, ...]:
+        rows, columns = _padded_moe_shape(w.elements.shape, halves)
+        elements, scales = _arrange(w, halves, rows, columns, order and order(rows))
+        return elements, pack(scales)
+
+    def restore(arrays: tuple[Array, ...], like: MXArray) -> MXArray:
+        elements, scales = arrays
+        rows = elements.shape[-2]
+        return _restore(elements, unpack(scales), like, halves, order and order(rows))
+
+    return Layout(name, prepare, restore)
 
 
-def prepare_bias_trtllm(
-    bias: Num[Array, "*e n"], *, gated: bool
-) -> Num[Array, "*e padded"]:
-    """Pads a bias of `w13`, gate before up, and orders it as `prepare_moe_trtllm`.
-
-    With `gated=False` it serves for the bias of `w2` too.
-    """
+def _bias_layout(name: str, gated: bool, order: _Order) -> Layout:
     halves = 2 if gated else 1
-    rows = halves * padded_moe_size(bias.shape[-1] // halves)
-    order, _ = _trtllm_orders(halves, rows, _MOE_MULTIPLE)
-    return _pad_and_take(bias[..., None], halves, rows, 1, order)[..., 0]
+
+    def prepare(bias: Array) -> tuple[Array, ...]:
+        rows, _ = _padded_moe_shape((*bias.shape, 1), halves)
+        column = bias[..., None]
+        return (_pad_and_take(column, halves, rows, 1, order and order(rows))[..., 0],)
+
+    def restore(arrays: tuple[Array, ...], like: jax.ShapeDtypeStruct) -> Array:
+        (bias,) = arrays
+        rows, column = bias.shape[-1], bias[..., None]
+        order_of_rows = order and order(rows)
+        return _untake_and_cut(column, halves, like.shape[-1], 1, order_of_rows)[..., 0]
+
+    return Layout(name, prepare, restore)
 
 
-def _moe_shape(w13: MXArray, w2: MXArray) -> tuple[int, int, int, int]:
-    """Returns 2 if gated, else 1; and the padded rows of w13, h and i."""
-    rows, (hidden_size, inner_size) = w13.shape[-2], w2.shape[-2:]
-    if rows not in (inner_size, 2 * inner_size) or w13.shape[-1] != hidden_size:
-        raise ValueError(
-            f"With w2 [..., h, i] = {w2.shape}, w13 must be [..., 2i, h] or "
-            f"[..., i, h], got {w13.shape}."
-        )
-    halves = rows // inner_size
-    inner_size = padded_moe_size(inner_size)
-    return halves, halves * inner_size, padded_moe_size(hidden_size), inner_size
+def _padded_moe_shape(shape: tuple[int, ...], halves: int) -> tuple[int, int]:
+    *_, rows, columns = shape
+    return halves * padded_moe_size(rows // halves), padded_moe_size(columns)
 
 
-def _trtllm_orders(
-    halves: int, rows: int, hidden_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the orders of the rows of w13 and of w2."""
-    order = shuffle_rows(rows)
-    if halves == 2:
-        order = swap_halves(rows)[interleave_halves(rows)[order]]
-    return order, shuffle_rows(hidden_size)
-
-
-def _pack_scales(scales: UInt8[Array, "*e n c"]) -> Int32[Array, "*e n c/4"]:
+def _pack_words(scales: UInt8[Array, "*e n c"]) -> Array:
     """Swizzles whole 128x4 tiles and packs them."""
     *batch, rows, cols = scales.shape
     return pack_int32(swizzle_scales(scales)).reshape(*batch, rows, cols // 4)
+
+
+def _unpack_words(words: Array) -> UInt8[Array, "*e n c"]:
+    """Undoes `_pack_words`."""
+    *batch, rows, cols = words.shape
+    return unswizzle_scales(unpack_int32(words.reshape(*batch, -1)), rows, 4 * cols)
 
 
 def _arrange(
