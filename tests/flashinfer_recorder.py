@@ -5,6 +5,7 @@ recorder, and what asks for a GPU by the answers that a B200 would give.
 """
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -17,13 +18,15 @@ import torch
 os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "10.0a")
 os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", tempfile.gettempdir())
 
-import flashinfer
-import flashinfer.fused_moe.core as moe_core
-import flashinfer.gemm.gemm_base as gemm_base
-import flashinfer.quantization.fp8_quantization as fp8_quantization
+flashinfer: Any = importlib.import_module("flashinfer")
+moe_core = importlib.import_module("flashinfer.fused_moe.core")
+gemm_base = importlib.import_module("flashinfer.gemm.gemm_base")
+fp8_quantization = importlib.import_module("flashinfer.quantization.fp8_quantization")
 
 
 CAPABILITY = (10, 0)
+
+_MOST_BYTES = 4 << 20
 
 
 class Argument(NamedTuple):
@@ -33,7 +36,8 @@ class Argument(NamedTuple):
         kind: "none", "bool", "int", "float", "str", "dtype", "list" or "tensor".
         dtype: Of a tensor, in torch's spelling without "torch."; else "".
         shape: Of a tensor; else ().
-        value: A constant; a list's arguments; a tensor's bytes, None if it has none.
+        value: A constant; a list's arguments; a tensor's bytes, None if it has none or
+            is scratch memory by its size.
     """
 
     kind: str
@@ -64,7 +68,7 @@ def describe(value: Any) -> Argument:
 
 
 def _describe_tensor(tensor: torch.Tensor) -> Argument:
-    if tensor.device.type == "meta":
+    if tensor.device.type == "meta" or tensor.nbytes > _MOST_BYTES:
         data = None
     else:
         assert tensor.is_contiguous()
