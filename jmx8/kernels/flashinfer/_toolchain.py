@@ -41,13 +41,15 @@ _DEFAULT_HOME = "/usr/local/cuda"
 def cuda_home() -> pathlib.Path | None:
     """Returns the toolkit to compile with, None if there is none.
 
-    It is `CUDA_HOME`, `CUDA_PATH`, what the nvcc on the `PATH` belongs to, or
-    `/usr/local/cuda`; the first that has a compiler and the runtime's headers.
+    It is the first that has a compiler and the runtime's headers of `CUDA_HOME`,
+    `CUDA_PATH`, what the nvcc on the `PATH` belongs to, `/usr/local/cuda`, and NVIDIA's
+    wheels.
     """
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         candidates.append(str(pathlib.Path(nvcc).resolve().parents[1]))
     candidates.append(_DEFAULT_HOME)
+    candidates += [str(folder.parent) for folder in wheel_folders("bin")]
     for candidate in filter(None, candidates):
         root = pathlib.Path(candidate)
         if (root / "bin/nvcc").exists() and (root / "include/cuda_runtime.h").exists():
@@ -66,7 +68,12 @@ def search_path() -> str:
 def missing_tool() -> str | None:
     """Returns what a build lacks before any header is looked for, None if nothing."""
     if cuda_home() is None:
-        return "there is no CUDA toolkit with nvcc (set CUDA_HOME if there is one)"
+        return (
+            "there is no CUDA toolkit with nvcc: set CUDA_HOME, or "
+            "`pip install jmx8[build]`"
+        )
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return "there is no C++ compiler: install g++, or set CXX"
     if shutil.which("ninja", path=search_path()) is None:
         return "ninja is missing: `pip install ninja`"
     if importlib.util.find_spec("torch") is None:

@@ -7,12 +7,14 @@ The reason of a failure goes to stdout, what the tools print to stderr.
 
 import concurrent.futures
 import importlib
+import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -32,19 +34,27 @@ def main(name: str, arch: str, jobs: str | None = None) -> None:
     module = next(m for m in MODULES if m.name == name)
     path = cached_path(module, arch)
     try:
-        make_once(path, lambda partial: _build(module, arch, jobs, partial))
+        with tempfile.TemporaryDirectory() as folder:
+            make = lambda p: _build(module, arch, jobs, pathlib.Path(folder), p)
+            make_once(path, make)
     except BuildError as error:
         print(error)
         sys.exit(1)
 
 
-def _build(module: Module, arch: str, jobs: str | None, target: pathlib.Path) -> None:
+def _build(
+    module: Module,
+    arch: str,
+    jobs: str | None,
+    folder: pathlib.Path,
+    target: pathlib.Path,
+) -> None:
     if problem := version_problem() or _toolchain.missing_tool():
         raise BuildError(problem)
     home = _toolchain.cuda_home()
     assert home is not None
     _check_headers(module, home)
-    _set_environment(arch, jobs, home)
+    _set_environment(arch, jobs, home, folder)
 
     from flashinfer.jit.cpp_ext import get_cuda_version  # pyright: ignore
 
@@ -75,12 +85,14 @@ def _check_headers(module: Module, home: pathlib.Path) -> None:
         wheels = {_toolchain.wheel_with(header) for header in missing}
         raise BuildError(
             f"{', '.join(missing)} is neither in the CUDA toolkit {home} nor in an "
-            f"installed package: `pip install {' '.join(sorted(map(str, wheels)))}` "
-            "(jmx8[build] has what there is to have)"
+            f"installed package: `pip install {' '.join(sorted(map(str, wheels)))}`, "
+            "or jmx8[build], which has all that there is"
         )
 
 
-def _set_environment(arch: str, jobs: str | None, home: pathlib.Path) -> None:
+def _set_environment(
+    arch: str, jobs: str | None, home: pathlib.Path, folder: pathlib.Path
+) -> None:
     """Sets what FlashInfer reads; what the user has set for its flags stays in it."""
     os.environ["PATH"] = _toolchain.search_path()
     os.environ["CUDA_HOME"] = str(home)
@@ -90,33 +102,30 @@ def _set_environment(arch: str, jobs: str | None, home: pathlib.Path) -> None:
     if jobs is not None:
         os.environ["MAX_JOBS"] = jobs
     # Wheels come last, so that a toolkit's own headers are not mixed with others.
-    includes = [f"-isystem {folder}" for folder in _toolchain.wheel_folders("include")]
-    for variable in ("FLASHINFER_EXTRA_CFLAGS", "FLASHINFER_EXTRA_CUDAFLAGS"):
-        os.environ[variable] = " ".join([os.environ.get(variable, ""), *includes])
-    libraries = f"-L{_link_folder(home)}"
-    old = os.environ.get("FLASHINFER_EXTRA_LDFLAGS", "")
-    os.environ["FLASHINFER_EXTRA_LDFLAGS"] = f"{old} {libraries}"
+    includes = [f"-isystem {path}" for path in _toolchain.wheel_folders("include")]
+    links = _supply_libraries(folder, home)
+    for variable, added in (
+        ("FLASHINFER_EXTRA_CFLAGS", includes),
+        ("FLASHINFER_EXTRA_CUDAFLAGS", includes),
+        ("FLASHINFER_EXTRA_LDFLAGS", links),
+    ):
+        os.environ[variable] = " ".join([os.environ.get(variable, ""), *added])
 
 
-def _link_folder(home: pathlib.Path) -> pathlib.Path:
-    """Returns a folder with stand-ins for libraries that the linker does not find."""
-    folder = cache_folder("flashinfer", "lib")
-    folder.mkdir(parents=True, exist_ok=True)
+def _supply_libraries(folder: pathlib.Path, home: pathlib.Path) -> list[str]:
+    """Returns linker flags; fills a folder with what the linker does not find."""
     flags = [f"-L{home / 'lib64'}", f"-L{home / 'lib64/stubs'}"]
-    stub = folder / "libcuda.a"
-    if _toolchain.linker_finds("cuda", *flags):
-        stub.unlink(missing_ok=True)
-    else:
+    for name in ("cudart", "nvrtc"):
+        # Wheels have the libraries without the names that a linker looks for.
+        wheels = [p.glob(f"lib{name}.so.*") for p in _toolchain.wheel_folders("lib")]
+        library = next(itertools.chain.from_iterable(wheels), None)
+        if library is not None and not _toolchain.linker_finds(name, *flags):
+            (folder / f"lib{name}.so").symlink_to(library)
+    if not _toolchain.linker_finds("cuda", *flags):
         # FlashInfer names it for every module, whether it calls the driver or not. An
         # empty archive leaves no trace in what is linked.
-        stub.write_bytes(b"!<arch>\n")
-    link = folder / "libnvrtc.so"
-    if not _toolchain.linker_finds("nvrtc", *flags):
-        wheels = _toolchain.wheel_folders("lib")
-        for library in (p for w in wheels for p in w.glob("libnvrtc.so.*")):
-            link.unlink(missing_ok=True)
-            link.symlink_to(library)
-    return folder
+        (folder / "libcuda.a").write_bytes(b"!<arch>\n")
+    return [f"-L{folder}"]
 
 
 def _generate(module: Module) -> Any:
