@@ -26,8 +26,14 @@ def matmul_w8a8(
 
 
 def fake_quantize(x: Float[Array, "*g k"]) -> Float[Array, "*g k"]:
-    """Returns the values that `x` has after a round trip through MXFP8."""
-    return dequantize(quantize(x), x.dtype)
+    """Returns the values that `x` has after a round trip through MXFP8.
+
+    They are of the dtype to multiply in: float16 cannot hold what its largest values
+    are rounded to.
+    """
+    # The barrier keeps XLA from quantizing what was not yet rounded to the dtype of x.
+    codes = quantize(jax.lax.optimization_barrier(x))
+    return dequantize(codes, compute_dtype(x.dtype))
 
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:

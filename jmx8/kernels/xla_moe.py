@@ -9,7 +9,7 @@ those that no token needs are skipped.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from .._mx_array import dequantize, MXArray
 from .xla_activation import Activation, apply_activation
 from .xla_matmul import compute_dtype, dot_rows, fake_quantize
 
+
+# Where values are rounded when activations are MXFP8: as FlashInfer's kernels
+# `cutlass_fused_moe` and `trtllm_fp8_block_scale_moe` do.
+Numerics = Literal["cutlass", "trtllm"]
 
 # Bound on the widened weights that exist at one time on an accelerator.
 _CHUNK_BYTES = 1 << 29
@@ -89,26 +93,31 @@ def moe(
     activation: Activation,
     apply_router_weight_on_input: bool,
     quantize_activations: bool,
+    numerics: Numerics = "cutlass",
     tiling: TilingConfig | None = None,
 ) -> Float[Array, "t h"]:
     """Computes the experts' part of an MoE layer; see `ops.moe.mx_moe`.
 
-    Both matmuls accumulate in float32; the activation's output and each expert's
-    output are rounded to the dtype of `x`, the sum over experts is float32. Ids outside
-    `[0, e)` contribute nothing.
+    Both matmuls accumulate in float32, and so do the biases, the activation and the sum
+    over experts. The activation's output and each expert's output are rounded to the
+    dtype of `x`. With `quantize_activations`, `numerics` says what happens instead:
+
+    - "cutlass": The matmuls' outputs and the biases are rounded to the dtype of `x`,
+      and then added in float32. The activation's output is rounded to the dtype of `x`
+      and then quantized. An expert's output is not rounded once more after its bias.
+    - "trtllm": The biases are added to the accumulators and the activation's output is
+      quantized from float32. An expert's output is rounded after its bias.
+
+    Ids outside `[0, e)` contribute nothing.
     """
-    num_tokens, top_k = topk_ids.shape
-    num_rows = num_tokens * top_k
+    top_k, dtype, num_rows = topk_ids.shape[1], x.dtype, topk_ids.size
     num_experts, *expert_shape = w13.shape
     if num_rows == 0:
         return jnp.zeros_like(x)
     if tiling is None:
         size = expert_shape[0] * expert_shape[1]
         tiling = select_tiling(num_rows, num_experts, size, default_device().platform)
-    tile_experts, row_of_slot, slot_of_row = _assign_slots(
-        topk_ids.reshape(-1), num_experts, tiling
-    )
-    in_tiles = (-1, tiling.chunk_tiles, tiling.tile_rows)
+    operands = (x, w13, w2, topk_ids, topk_weights, w13_bias, w2_bias)
     weights = topk_weights.astype(jnp.float32)
     if quantize_activations and not apply_router_weight_on_input:
         x = fake_quantize(x)  # once per token, not once per row
@@ -118,9 +127,13 @@ def moe(
         if not apply_router_weight_on_input:
             return tokens
         factors = weights.reshape(-1)[rows][..., None]
-        tokens = (tokens.astype(jnp.float32) * factors).astype(x.dtype)
+        tokens = (tokens.astype(jnp.float32) * factors).astype(dtype)
         return fake_quantize(tokens) if quantize_activations else tokens
 
+    rounding = numerics if quantize_activations else None
+    # "cutlass" has rounded an expert's output before its bias.
+    is_rounded = rounding == "cutlass" and w2_bias is not None
+    out_dtype = jnp.dtype(jnp.float32) if is_rounded else dtype
     expert = functools.partial(
         _apply_experts,
         w13=w13,
@@ -128,30 +141,47 @@ def moe(
         w13_bias=w13_bias,
         w2_bias=w2_bias,
         activation=activation,
-        quantize_activations=quantize_activations,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        rounding=rounding,
     )
+    zeros = jnp.broadcast_to(_varying_zero(operands, out_dtype), x.shape[1:])
+    tile_experts, row_of_slot, slot_of_row = _assign_slots(
+        topk_ids.reshape(-1), num_experts, tiling
+    )
+    chunks = (
+        tile_experts.reshape(-1, tiling.chunk_tiles),
+        row_of_slot.reshape(-1, tiling.chunk_tiles, tiling.tile_rows),
+    )
+    out = _scan_chunks(
+        lambda experts, rows: expert(tokens_of(rows), experts),
+        chunks,
+        lambda experts: experts < num_experts,
+        zeros,
+    )
+    factors = jnp.ones_like(weights) if apply_router_weight_on_input else weights
+    return _combine(out, slot_of_row, factors).astype(dtype)
 
-    operands = (x, w13, w2, topk_ids, topk_weights, w13_bias, w2_bias)
-    zero = _varying_zero(operands, x.dtype)
+
+def _scan_chunks(apply, chunks, is_used, zeros):
+    """Returns `[slots, h]`: `apply` of the experts and rows of one chunk after another.
+
+    Chunks of which no tile is used give zeros.
+    """
 
     # Recomputed in the backward pass: widened weights must never be stored.
     @jax.checkpoint
-    def chunk(_, tile):
-        experts, rows = tile
+    def chunk(_, tiles):
+        experts, rows = tiles
         # Unused tiles are last, so the first of a chunk speaks for all.
         return None, jax.lax.cond(
-            experts[0] < num_experts,
-            lambda: expert(tokens_of(rows), experts),
-            lambda: jnp.broadcast_to(zero, (*rows.shape, x.shape[-1])),
+            is_used(experts[0]),
+            lambda: apply(experts, rows),
+            lambda: jnp.broadcast_to(zeros, (*rows.shape, *zeros.shape)),
         )
 
-    _, out = jax.lax.scan(
-        chunk,
-        None,
-        (tile_experts.reshape(in_tiles[:2]), row_of_slot.reshape(in_tiles)),
-    )
-    factors = jnp.ones_like(weights) if apply_router_weight_on_input else weights
-    return _combine(out.reshape(-1, x.shape[-1]), slot_of_row, factors)
+    _, out = jax.lax.scan(chunk, None, chunks)
+    return out.reshape(-1, *zeros.shape)
 
 
 def _combine(
@@ -165,7 +195,7 @@ def _combine(
     rows = out[jnp.minimum(slot_of_row, num_slots - 1)].astype(jnp.float32)
     rows = rows.reshape(*factors.shape, hidden_size) * factors[..., None]
     is_local = (slot_of_row < num_slots).reshape(factors.shape)
-    return jnp.sum(jnp.where(is_local[..., None], rows, 0), axis=1).astype(out.dtype)
+    return jnp.sum(jnp.where(is_local[..., None], rows, 0), axis=1)
 
 
 def _varying_zero(operands: Any, dtype: jnp.dtype) -> Array:
@@ -214,20 +244,29 @@ def _assign_slots(
 
 
 def _apply_experts(
-    x, experts, *, w13, w2, w13_bias, w2_bias, activation, quantize_activations
+    x, experts, *, w13, w2, w13_bias, w2_bias, activation, dtype, out_dtype, rounding
 ):
     """Applies expert `experts[c]` to the rows `x[c]`, `[c, rows, h]`."""
-    dtype = compute_dtype(x.dtype)
-    h = dot_rows(x.astype(dtype), _take(w13, experts, dtype), jnp.float32)
-    if w13_bias is not None:
-        h = h + w13_bias[experts].astype(jnp.float32)[:, None]
-    h = apply_activation(h, activation).astype(x.dtype)
-    if quantize_activations:
+    matmul = functools.partial(
+        _expert_matmul, experts, dtype=dtype, rounds_products=rounding == "cutlass"
+    )
+    h = apply_activation(matmul(x, w13, w13_bias), activation)
+    if rounding != "trtllm":
+        h = h.astype(dtype)
+    if rounding is not None:
         h = fake_quantize(h)
-    out = dot_rows(h.astype(dtype), _take(w2, experts, dtype), jnp.float32)
-    if w2_bias is not None:
-        out = out + w2_bias[experts].astype(jnp.float32)[:, None]
-    return out.astype(x.dtype)
+    return matmul(h, w2, w2_bias).astype(out_dtype)
+
+
+def _expert_matmul(experts, x, w, bias, *, dtype, rounds_products):
+    """Returns `x @ w.T + bias` in float32, product and bias rounded first if asked."""
+    wide = compute_dtype(dtype)
+    out = dot_rows(x.astype(wide), _take(w, experts, wide), jnp.float32)
+    terms = [out] if bias is None else [out, bias[experts][:, None]]
+    if rounds_products:
+        # The barrier keeps XLA from taking the two conversions for none.
+        terms = jax.lax.optimization_barrier([a.astype(dtype) for a in terms])
+    return functools.reduce(jnp.add, [a.astype(jnp.float32) for a in terms])
 
 
 def _take(w, experts, dtype):
