@@ -138,6 +138,20 @@ def test_headers_of_wheels_are_found(tmp_path, monkeypatch):
     assert _toolchain.missing_headers(("cublas_of_somebody.h",), home) == []
 
 
+def test_libraries_that_the_linker_lacks_are_supplied(tmp_path, monkeypatch):
+    library = tmp_path / "nvidia/cu13/lib/libnvrtc.so.13"
+    library.parent.mkdir(parents=True)
+    (source := tmp_path / "empty.c").touch()
+    subprocess.run(["cc", "-shared", str(source), "-o", str(library)], check=True)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (folder := tmp_path / "links").mkdir()
+    flags = build._supply_libraries(folder, pathlib.Path("/nowhere"))
+    assert _toolchain.linker_finds("nvrtc", *flags)
+    assert _toolchain.linker_finds("cuda", *flags)
+    assert not _toolchain.linker_finds("jmx8_nowhere", *flags)
+
+
 @pytest.mark.parametrize("flag", [{}, {"FLASHINFER_NO_DOWNLOAD": 1}])
 def test_without_network_trtllm_fails_at_once_and_says_what_to_fetch(flag, tmp_path):
     # Its headers would be missed first where no wheel has them.
