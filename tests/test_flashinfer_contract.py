@@ -90,7 +90,10 @@ def test_mm_mxfp8(m, n, k, out_dtype):
         )
     assert jnp.array_equal(out, product[:, :n])
     expected = recorder.mm_mxfp8(
-        *map(to_torch, (elements, prepared_elements, scales, prepared_scales)),
+        to_torch(elements),
+        to_torch(prepared_elements),
+        to_torch(scales),
+        to_torch(prepared_scales),
         getattr(torch, jnp.dtype(out_dtype).name),
     )
     names = ("x", "w", "x_scales", "w_scales", "out", "workspace", "tactic")

@@ -119,10 +119,10 @@ def _kernel(
 
 
 def unsupported(
-    x: Float[Array, "t h"],
-    topk_ids: Int[Array, "t k"],
-    w13: Array,
-    w2: Array,
+    x: quantize.Abstract,
+    topk_ids: quantize.Abstract,
+    w13: quantize.Abstract,
+    w2: quantize.Abstract,
     *,
     activation: Activation,
     apply_router_weight_on_input: bool,
@@ -130,8 +130,8 @@ def unsupported(
     """Returns why `moe_w8a8` cannot run here, None if it can.
 
     Args:
-        x: Tokens.
-        topk_ids: Their experts.
+        x: Tokens `[t, h]`.
+        topk_ids: Their experts `[t, k]`.
         w13: Elements of the first prepared weights `[e, n, hp]`.
         w2: Elements of the second prepared weights `[e, hp, ip]`.
         activation: Between the matmuls.

@@ -44,14 +44,9 @@ def num_tactics(capability: modules.Capability) -> int:
 
 
 def unsupported(
-    x: Float[Array, "*g m k"],
-    elements: Float8e4m3fn[Array, "*g np kp"],
-    scales: UInt8[Array, "*g size"],
-    *,
-    out_dtype: DTypeLike,
+    x: quantize.Abstract, elements: quantize.Abstract, *, out_dtype: DTypeLike
 ) -> str | None:
     """Returns why `matmul_w8a8` cannot run here, None if it can."""
-    del scales
     n, k = elements.shape[-2:]
     if jnp.dtype(out_dtype) not in _DTYPES:
         return f"mxfp8_gemm returns bfloat16 or float16, not {jnp.dtype(out_dtype)}"

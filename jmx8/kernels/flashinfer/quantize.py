@@ -20,6 +20,9 @@ from . import modules
 from .layouts import round_up
 
 
+# What tells whether a call is supported: an array, or the shape and dtype of one.
+Abstract = jax.Array | jax.ShapeDtypeStruct
+
 # Order of the scales: whole tiles of 128 or 8 rows and 4 columns, or rows.
 ScaleLayout = Literal["128x4", "8x4", "linear"]
 

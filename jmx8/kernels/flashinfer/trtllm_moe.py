@@ -123,9 +123,9 @@ def _kernel(capability: modules.Capability) -> Kernel:
 
 
 def unsupported(
-    x: Float[Array, "t h"],
-    w13: Array,
-    w2: Array,
+    x: quantize.Abstract,
+    w13: quantize.Abstract,
+    w2: quantize.Abstract,
     *,
     activation: Activation,
     apply_router_weight_on_input: bool,
@@ -133,7 +133,7 @@ def unsupported(
     """Returns why neither form of the kernel can run here, None if routing decides.
 
     Args:
-        x: Tokens.
+        x: Tokens `[t, h]`.
         w13: Elements of the first prepared weights `[e, n, hp]`.
         w2: Elements of the second prepared weights `[e, hp, ip]`.
         activation: Between the matmuls.
