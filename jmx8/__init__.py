@@ -15,6 +15,7 @@ from .convert import (
     ReportRow as ReportRow,
 )
 from .generation import generate as generate, perplexity as perplexity
+from .nn import canonical as canonical, prepare as prepare
 from .ops._dispatch import explain as explain, Explanation as Explanation
 from .ops.matmul import mx_matmul as mx_matmul, mx_matmul_w8a8 as mx_matmul_w8a8
 from .ops.moe import (

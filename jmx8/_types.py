@@ -4,7 +4,9 @@ from typing import ClassVar, Literal, TYPE_CHECKING
 
 
 # Backends of the ops. Each op says which of them it has.
-Implementation = Literal["xla"]
+Implementation = Literal[
+    "flashinfer_cutlass", "flashinfer_trtllm", "flashinfer_cutile", "xla"
+]
 
 # Numerics of a layer's activations. "auto" is "mxfp8" where the hardware multiplies
 # MXFP8 natively and "bf16" elsewhere.

@@ -22,6 +22,7 @@ from ..convert import (
     Report,
 )
 from ..models import ConfigError, Qwen3, Qwen3Config
+from ..nn import prepare
 from .errors import CheckpointError
 from .folder import CheckpointFolder, open_folder
 from .ignore import ignored_modules
@@ -90,7 +91,8 @@ def load(
     Tensors are read a few rows at a time, in the order in which they lie on disk, and
     converted on the default device. The unconverted model is never in memory: the peak
     is the size of the result and some chunks of 4 MiB. The tensors of the experts of a
-    layer become one stack.
+    layer become one stack. Weights that the kernels of this device want laid out are,
+    see `prepare`.
 
     The tensors of the checkpoint and the parameters of the model that `config.json`
     describes must be the same, neither more nor fewer. Supported are `model_type` qwen3
@@ -143,10 +145,10 @@ def load(
         progress=progress,
         on_chunk=measure_rows if return_report else None,
     )
-    model = jax.tree.unflatten(
-        jax.tree.structure(model, is_leaf=_is_mx_array),
-        [values[path] for path in leaves],
-    )
+    structure = jax.tree.structure(model, is_leaf=_is_mx_array)
+    # No reference is kept: what is laid out anew is freed layer by layer.
+    taken = (values.pop(path) for path in leaves)
+    model = prepare(jax.tree.unflatten(structure, taken))
     return (model, _finish(report, plan, pieces)) if return_report else model
 
 

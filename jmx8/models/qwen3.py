@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, PRNGKeyArray
 
-from .._mx_array import MXArray
 from ..nn._attention import Attention, KVCache, per_token
 from ..nn._linear import MXLinear
 from ..nn._moe import Experts, SparseMoE
@@ -278,7 +277,7 @@ class Qwen3(eqx.Module):
 
     def _logits(self, x: Float[Array, "b t h"]) -> Float32[Array, "b t v"]:
         head = self.lm_head
-        if head is not None and isinstance(head.weight, MXArray):
+        if isinstance(head, MXLinear):
             return per_token(head, x).astype(jnp.float32)
         weight = self.embed_tokens.weight if head is None else head.weight
         # Rounding logits to bfloat16 would make ties of the likeliest tokens.

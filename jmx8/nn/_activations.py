@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 
 from .._types import Activations
+from ..kernels._prepared import to_canonical
 from ._linear import MXLinear
 from ._moe import MXExperts
 
@@ -16,7 +17,8 @@ Module = TypeVar("Module")
 def with_activations(module: Module, activations: Activations) -> Module:
     """Returns the module with `activations` set in all its MXFP8 layers.
 
-    The weights are shared with `module`; nothing is converted again.
+    The weights are shared with `module`; nothing is converted again. Weights that were
+    laid out by `prepare` for other activations become canonical.
 
     Args:
         module: Any pytree of Equinox modules.
@@ -27,6 +29,8 @@ def with_activations(module: Module, activations: Activations) -> Module:
     """
 
     def change(node):
+        if isinstance(node, MXLinear | MXExperts) and node.activations != activations:
+            node = to_canonical(node)
         if isinstance(node, MXLinear):
             return MXLinear.from_weight(node.weight, node.bias, activations=activations)
         if isinstance(node, MXExperts):

@@ -185,7 +185,7 @@ class SparseMoE(eqx.Module):
 
 def _router_logits(gate, tokens):
     """Returns float32 logits: rounding them would change which experts are chosen."""
-    if isinstance(gate.weight, MXArray):  # converted on request
+    if isinstance(gate, MXLinear):  # converted on request
         return jax.vmap(gate)(tokens)
     is_bf16 = tokens.dtype == gate.weight.dtype == jnp.bfloat16
     dtype = jnp.bfloat16 if is_bf16 else jnp.float32

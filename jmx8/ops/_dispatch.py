@@ -179,8 +179,7 @@ def prepare(op: Op, options: Mapping[str, Any], *operands: Any) -> tuple[Any, ..
     Args:
         op: The op.
         options: Its static arguments.
-        *operands: As for `call`; only the weights are returned changed, and only they
-            need be concrete.
+        *operands: As for `call`; all but the weights may be abstract.
     """
     for backend in op.backends:
         if backend.prepare is None:
@@ -189,7 +188,7 @@ def prepare(op: Op, options: Mapping[str, Any], *operands: Any) -> tuple[Any, ..
             continue
         abstract = jax.eval_shape(backend.prepare, *operands)
         if backend.unsupported(*abstract, **options) is None:
-            return backend.prepare(*operands)
+            return eqx.filter_jit(backend.prepare)(*operands)
     raise AssertionError(f"{op.name}: no backend takes canonical weights")
 
 

@@ -7,7 +7,9 @@ implementations of one.
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
@@ -15,6 +17,7 @@ from .._mx_array import MXArray, set_matmul
 from .._types import Implementation
 from ..kernels import xla_matmul
 from ..kernels._prepared import PreparedWeights
+from ..kernels.flashinfer import backends as flashinfer
 from . import _dispatch
 
 
@@ -46,7 +49,16 @@ _MATMUL = _dispatch.Op(
 # Rounding has no useful derivative: the gradient is that of the unquantized product.
 _MATMUL_W8A8 = _dispatch.Op(
     "mx_matmul_w8a8",
-    (_dispatch.xla_backend(xla_matmul.matmul_w8a8),),
+    (
+        _dispatch.Backend(
+            "flashinfer_cutlass",
+            flashinfer.matmul_unsupported,
+            flashinfer.matmul_w8a8,
+            "multiplies MXFP8 by MXFP8 in the tensor cores",
+            flashinfer.prepare_matmul,
+        ),
+        _dispatch.xla_backend(xla_matmul.matmul_w8a8),
+    ),
     _fold,
     xla_matmul.matmul,
 )
@@ -104,6 +116,21 @@ def mx_matmul_w8a8(
     the errors are those of `mx_matmul`.
     """
     return _matmul(_MATMUL_W8A8, x, w, out_dtype, implementation)
+
+
+def prepare_matmul(w: MXArray | PreparedWeights, dtype: DTypeLike) -> Any:
+    """Returns the weight as the backend of `mx_matmul_w8a8` that will run wants it.
+
+    Args:
+        w: `[*g, n, k]`; one that is laid out already is returned as it is.
+        dtype: Dtype of the activations and of the result.
+    """
+    if isinstance(w, PreparedWeights):
+        return w
+    *groups, _, k = w.shape
+    x = jax.ShapeDtypeStruct((*groups, 1, k), dtype)
+    options = {"out_dtype": jnp.dtype(dtype)}
+    return _dispatch.prepare(_MATMUL_W8A8, options, x, w)[1]
 
 
 def _matmul(op, x, w, out_dtype, implementation):

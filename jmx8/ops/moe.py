@@ -2,14 +2,17 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from .._mx_array import MXArray
 from .._types import Implementation
 from ..kernels import xla_moe
+from ..kernels._prepared import PreparedWeights
+from ..kernels.flashinfer import backends as flashinfer
 from ..kernels.xla_activation import (
     Activation as Activation,
     apply_activation as apply_activation,
@@ -46,15 +49,36 @@ def _merge_leading(axis_size, batched, a):
     return a.reshape(axis_size * a.shape[1], *a.shape[2:])
 
 
-def _make_op(name: str, quantize_activations: bool) -> _dispatch.Op:
-    run = functools.partial(xla_moe.moe, quantize_activations=quantize_activations)
-    # The gradient is that of the unquantized activations, as for `mx_matmul_w8a8`.
-    reference = functools.partial(xla_moe.moe, quantize_activations=False)
-    return _dispatch.Op(name, (_dispatch.xla_backend(run),), _fold, reference)
+def _flashinfer_backend(
+    name: str, reason: str, kernel: flashinfer.MoEBackend
+) -> _dispatch.Backend:
+    return _dispatch.Backend(
+        name, kernel.unsupported, kernel.run, reason, kernel.prepare
+    )
 
 
-_MOE = _make_op("mx_moe", quantize_activations=False)
-_MOE_W8A8 = _make_op("mx_moe_w8a8", quantize_activations=True)
+_XLA = functools.partial(xla_moe.moe, quantize_activations=False)
+_XLA_W8A8 = functools.partial(xla_moe.moe, quantize_activations=True)
+
+_MOE = _dispatch.Op("mx_moe", (_dispatch.xla_backend(_XLA),), _fold, _XLA)
+_MOE_W8A8 = _dispatch.Op(
+    "mx_moe_w8a8",
+    (
+        _flashinfer_backend(
+            "flashinfer_cutlass",
+            "multiplies MXFP8 by MXFP8 in the tensor cores",
+            flashinfer.CUTLASS_MOE,
+        ),
+        _flashinfer_backend(
+            "flashinfer_trtllm",
+            "multiplies MXFP8 by MXFP8 in the tensor cores, with fetched kernels",
+            flashinfer.TRTLLM_MOE,
+        ),
+        _dispatch.xla_backend(_XLA_W8A8),
+    ),
+    _fold,
+    _XLA,  # The gradient is that of the unquantized activations.
+)
 
 OPS = (_MOE, _MOE_W8A8)
 
@@ -126,14 +150,14 @@ def mx_moe(
 
 def mx_moe_w8a8(
     x: Float[Array, "*batch h"],
-    w13: MXArray | Float[Array, "e n h"],
-    w2: MXArray | Float[Array, "e h i"],
+    w13: MXArray | PreparedWeights | Float[Array, "e n h"],
+    w2: MXArray | PreparedWeights | Float[Array, "e h i"],
     topk_ids: Int[Array, "*batch top_k"],
     topk_weights: Float[Array, "*batch top_k"],
     *,
     activation: Activation = "silu",
-    w13_bias: Float[Array, "e n"] | None = None,
-    w2_bias: Float[Array, "e h"] | None = None,
+    w13_bias: Float[Array, "e n"] | PreparedWeights | None = None,
+    w2_bias: Float[Array, "e h"] | PreparedWeights | None = None,
     apply_router_weight_on_input: bool = False,
     local_expert_offset: int = 0,
     implementation: Implementation | None = None,
@@ -141,7 +165,9 @@ def mx_moe_w8a8(
     """As `mx_moe`, with the inputs of both matmuls quantized to MXFP8 (W8A8).
 
     The tokens are quantized along h before the first matmul, and the activation's
-    output, rounded to the dtype of `x`, along i before the second. Gradients are those
+    output, rounded to the dtype of `x`, along i before the second. The first matmul's
+    output is rounded to that dtype too, as FlashInfer's `cutlass_fused_moe` does.
+    Weights and biases may also be what `jmx8.prepare` made of them. Gradients are those
     of `mx_moe`.
     """
     return _moe(
@@ -158,6 +184,47 @@ def mx_moe_w8a8(
         local_expert_offset=local_expert_offset,
         implementation=implementation,
     )
+
+
+def prepare_moe(
+    w13: Any,
+    w2: Any,
+    w13_bias: Any,
+    w2_bias: Any,
+    *,
+    activation: Activation,
+    apply_router_weight_on_input: bool,
+    dtype: DTypeLike,
+) -> tuple[Any, ...]:
+    """Returns the weights and biases as the backend of `mx_moe_w8a8` wants them.
+
+    Args:
+        w13: As for `mx_moe_w8a8`; weights that are laid out already, and their biases,
+            are returned as they are.
+        w2: The same.
+        w13_bias: The same, or None.
+        w2_bias: The same, or None.
+        activation: Between the two matmuls.
+        apply_router_weight_on_input: See `mx_moe`.
+        dtype: Dtype of the tokens.
+    """
+    if isinstance(w13, PreparedWeights):
+        return w13, w2, w13_bias, w2_bias
+    operands = (
+        jax.ShapeDtypeStruct((1, w2.shape[1]), dtype),
+        w13,
+        w2,
+        jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        jax.ShapeDtypeStruct((1, 1), jnp.float32),
+        w13_bias,
+        w2_bias,
+    )
+    options = {
+        "activation": activation,
+        "apply_router_weight_on_input": apply_router_weight_on_input,
+    }
+    _, w13, w2, _, _, *biases = _dispatch.prepare(_MOE_W8A8, options, *operands)
+    return w13, w2, *biases
 
 
 def _moe(

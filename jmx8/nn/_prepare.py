@@ -1,0 +1,69 @@
+"""Laying out the weights of converted layers for the kernels that will run."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from .._device import resolve_activations
+from ..kernels._prepared import to_canonical
+from ..ops.matmul import prepare_matmul
+from ..ops.moe import prepare_moe
+from ._linear import MXLinear
+from ._moe import MXExperts
+
+
+Module = TypeVar("Module")
+
+
+def prepare(module: Module, *, dtype: DTypeLike = jnp.bfloat16) -> Module:
+    """Lays out the weights of MXFP8 layers for the kernels that will run them.
+
+    Once, after loading and before the first call: a kernel that wants swizzled scales
+    or another order of rows runs on weights that have been laid out, and on no others.
+    Where the kernels take weights as they are (on a CPU, on Hopper), nothing changes.
+    `jmx8.load` does this by itself. Jit-able; under `shard_map` each device lays out
+    what it has.
+
+    Args:
+        module: Any pytree of Equinox modules with `MXLinear` and `MXExperts` layers.
+        dtype: Dtype of the activations that the layers will get.
+
+    Returns:
+        The same module with `PreparedWeights` in these layers. `jmx8.canonical` undoes
+        it, bit for bit; save, shard and update canonical weights.
+    """
+    nodes, structure = jax.tree.flatten(module, is_leaf=_is_layer)
+    del module  # A caller that keeps no reference never holds two copies of a model.
+    for i, node in enumerate(nodes):
+        nodes[i] = _prepare(node, jnp.dtype(dtype))
+    return jax.tree.unflatten(structure, nodes)
+
+
+def canonical(tree: Any) -> Any:
+    """Returns `tree` with `MXArray`s in place of what `prepare` made of them."""
+    return to_canonical(tree)
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, MXLinear | MXExperts)
+
+
+def _prepare(node: Any, dtype: jnp.dtype) -> Any:
+    if not _is_layer(node) or resolve_activations(node.activations) != "mxfp8":
+        return node
+    if isinstance(node, MXLinear):
+        weight = prepare_matmul(node.weight, dtype)
+        return MXLinear.from_weight(weight, node.bias, activations=node.activations)
+    w13, w2, w13_bias, w2_bias = prepare_moe(
+        node.w13,
+        node.w2,
+        node.w13_bias,
+        node.w2_bias,
+        activation=node.activation,
+        apply_router_weight_on_input=node.apply_router_weight_on_input,
+        dtype=dtype,
+    )
+    return dataclasses.replace(node, w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias)
