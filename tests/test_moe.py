@@ -171,7 +171,8 @@ def test_w8a8_quantizes_both_inputs():
     rounded = dataclasses.replace(layer, x=dequantize(quantize(layer.x)))
 
     def act(h):
-        h = jnp.asarray(silu_gated(h), jnp.bfloat16)
+        round_to_bf16 = lambda a: jnp.asarray(a, jnp.bfloat16)
+        h = round_to_bf16(silu_gated(np.asarray(round_to_bf16(h), np.float64)))
         return np.asarray(dequantize(quantize(h)), np.float64)
 
     exact = loop_over_tokens(rounded, act=act, biases=False)
