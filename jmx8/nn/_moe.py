@@ -13,6 +13,7 @@ from .._types import Activations
 from ..kernels.xla_matmul import dot_rows
 from ..ops.moe import Activation, is_gated, mx_moe, mx_moe_w8a8
 from ..ops.routing import route, RoutingMethod
+from ._linear import MXLinear
 
 
 class Experts(eqx.Module):
