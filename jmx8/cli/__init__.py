@@ -1,4 +1,4 @@
-"""The command line: `jmx8 demo | generate | inspect | doctor`."""
+"""The command line: `jmx8 demo | generate | inspect | doctor | build-kernels`."""
 
 import json
 import sys
@@ -13,7 +13,8 @@ from ..checkpoint import load, LoadDtype
 from ..data import HELDOUT_TEXT, TINY_QWEN3_MOE
 from ..generation import generate as generate_tokens
 from ..models import Qwen3
-from ..nn import with_activations
+from ..nn import prepare, with_activations
+from ._build_kernels import build_kernels
 from ._console import err, load_tokenizer, loading_bar, out
 from ._demo import run_demo
 from ._doctor import diagnose, format_diagnosis
@@ -103,7 +104,7 @@ def generate(
             only=only or None,
             progress=advance,
         )
-    model = with_activations(model, activations)
+    model = prepare(with_activations(model, activations))
     text = sys.stdin.read() if prompt == "-" else prompt
     printer = _TextPrinter(tokenizer)
     generate_tokens(
@@ -163,6 +164,27 @@ def inspect(
     report = inspect_folder(folder, skip=skip, only=only, quiet=quiet)
     shown = sort_report(report, sort, limit)
     print(format_report(report, shown, as_json))
+
+
+@app.command("build-kernels")
+def build_kernels_command(
+    arch: Annotated[
+        str, typer.Option(help="What to build for, e.g. 10.0a for a B200.")
+    ],
+    module: Annotated[
+        list[str],
+        typer.Option(help="Build only this; repeatable. Default: what the ops use."),
+    ] = [],  # noqa: B006
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at a time.")
+    ] = None,
+) -> None:
+    """Compile GPU kernels ahead, also on a machine that has no GPU.
+
+    What is built lands in the cache (JMX8_CACHE_DIR, else ~/.cache/jmx8). A machine
+    that has this folder needs no compiler, neither FlashInfer nor torch.
+    """
+    raise typer.Exit(build_kernels(arch, module, jobs))
 
 
 @app.command()

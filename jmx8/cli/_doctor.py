@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from .._device import compute_capability, default_device, resolve_activations
 from .._mx_array import quantize
+from ..kernels._adapter import adapter_path, adapter_unavailable
+from ..kernels.flashinfer import modules
 from ..ops._dispatch import Op
 from ..ops.matmul import OPS as MATMUL_OPS
 from ..ops.moe import OPS as MOE_OPS
@@ -26,6 +28,7 @@ _PACKAGES = (
     "flashinfer-python",
     "jax-tvm-ffi",
     "apache-tvm-ffi",
+    "cuda-tile",
 )
 
 
@@ -44,6 +47,8 @@ def diagnose() -> dict[str, Any]:
         if capability is None
         else ".".join(map(str, capability)),
         "activations_auto": resolve_activations("auto"),
+        "ffi_adapter": _adapter_facts(),
+        "modules": [] if capability is None else modules.diagnose(capability),
         "backends": [row for op in _example_calls() for row in _backends(*op)],
     }
 
@@ -60,13 +65,34 @@ def format_diagnosis(facts: dict[str, Any]) -> str:
         f"default device       {facts['default_device']}",
         f"compute capability   {capability}",
         f'activations "auto"   {facts["activations_auto"]} ({meaning})',
+        f"ffi adapter          {facts['ffi_adapter']['answer']}",
         "",
-        f"{'op':<20} {'backend':<12} can run here",
+        f"{'op':<20} {'backend':<20} can run here",
     ]
     for row in facts["backends"]:
         answer = "yes" if row["problem"] is None else f"no: {row['problem']}"
-        lines.append(f"{row['op']:<20} {row['backend']:<12} {answer}")
+        lines.append(f"{row['op']:<20} {row['backend']:<20} {answer}")
+    if facts["modules"]:
+        lines += ["", f"{'FlashInfer module':<26} is built"]
+    for row in facts["modules"]:
+        lines.append(f"{row['module']:<26} {_module_answer(row)}")
     return "\n".join(lines)
+
+
+def _adapter_facts() -> dict[str, Any]:
+    problem = adapter_unavailable()
+    if problem is not None:
+        return {"path": None, "answer": f"no: {problem}"}
+    path = adapter_path()
+    answer = f"built, {path}" if path.exists() else "compiled at the first call"
+    return {"path": str(path), "answer": answer}
+
+
+def _module_answer(row: dict[str, Any]) -> str:
+    if row["path"] is None:
+        return f"no: {row['problem']}" if row["problem"] else "no, at the first call"
+    seconds = f", in {row['seconds']:.0f} s" if row["seconds"] else ""
+    return f"yes{seconds}, {row['path']}"
 
 
 def _version(name: str) -> str | None:
@@ -101,7 +127,10 @@ def _example_calls() -> list[tuple[Op, tuple[Any, ...], dict[str, Any]]]:
     ]
 
 
-def _backends(op: Op, operands: tuple[Any, ...], options: dict[str, Any]):
+def _backends(op: Op, canonical: tuple[Any, ...], options: dict[str, Any]):
     for backend in op.backends:
+        operands = canonical
+        if backend.prepare is not None:
+            operands = jax.eval_shape(backend.prepare, *canonical)
         problem = backend.unsupported(*operands, **options)
         yield {"op": op.name, "backend": backend.name, "problem": problem}
