@@ -116,24 +116,33 @@ class _Generated:
 
 
 @contextlib.contextmanager
-def recorded(where: Any, generator: str, cached: Any, module: Recorder):
+def recorded(
+    where: Any,
+    generator: str,
+    caches: list[Any],
+    module: Recorder,
+    capability=CAPABILITY,
+):
     """Puts `module` in the place of what `where.generator` would build and load."""
     with pytest.MonkeyPatch.context() as patch:
         for name, loaded in list(sys.modules.items()):
             if name.partition(".")[0] != "flashinfer" or loaded is None:
                 continue
             for attribute, answer in (
-                ("get_compute_capability", CAPABILITY),
+                ("get_compute_capability", capability),
                 ("device_support_pdl", True),
             ):
                 if attribute in vars(loaded):
                     patch.setattr(loaded, attribute, lambda _, answer=answer: answer)
         patch.setattr(where, generator, lambda *_, **__: _Generated(module))
+        patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        cached.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
         yield
-    cached.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def mxfp8_quantize(shape, dtype: torch.dtype, layout: int) -> list[Argument]:
@@ -142,7 +151,7 @@ def mxfp8_quantize(shape, dtype: torch.dtype, layout: int) -> list[Argument]:
     with recorded(
         fp8_quantization,
         "gen_mxfp8_quantization_sm100_module",
-        fp8_quantization.get_mxfp8_quantization_sm100_module,
+        [fp8_quantization.get_mxfp8_quantization_sm100_module],
         module,
     ):
         x = torch.empty(shape, dtype=dtype, device="meta")
@@ -150,15 +159,17 @@ def mxfp8_quantize(shape, dtype: torch.dtype, layout: int) -> list[Argument]:
     return module.only("mxfp8_quantize")
 
 
-def mm_mxfp8(a, b, a_scales, b_scales, out_dtype: torch.dtype) -> list[Argument]:
+def mm_mxfp8(
+    a, b, a_scales, b_scales, out_dtype: torch.dtype, capability=CAPABILITY
+) -> list[Argument]:
     """Records `flashinfer.mm_mxfp8` with weights `[n, k]`."""
     module = Recorder(mxfp8_gemm_tactic_num=32)
-    with recorded(
-        gemm_base,
-        "gen_gemm_sm100_module_cutlass_mxfp8",
-        gemm_base.get_gemm_sm100_module_cutlass_mxfp8,
-        module,
-    ):
+    arch = "sm120" if capability[0] == 12 else "sm100"
+    caches = [getattr(gemm_base, f"get_gemm_{arch}_module_cutlass_mxfp8")]
+    if arch == "sm120":
+        caches.append(gemm_base._load_gemm_sm120_mxfp8_module)
+    generator = f"gen_gemm_{arch}_module_cutlass_mxfp8"
+    with recorded(gemm_base, generator, caches, module, capability):
         flashinfer.mm_mxfp8(
             a, b.T, a_scales, b_scales, out_dtype=out_dtype, backend="cutlass"
         )
@@ -177,7 +188,7 @@ def trtllm_fp8_block_scale_moe(**kwargs) -> list[Argument]:
     with recorded(
         moe_core,
         "gen_trtllm_gen_fused_moe_sm100_module",
-        moe_core._get_trtllm_moe_sm100_module_impl,
+        [moe_core._get_trtllm_moe_sm100_module_impl],
         module,
     ):
         wrapper(
@@ -196,7 +207,7 @@ def cutlass_fused_moe(**kwargs) -> tuple[list[Argument], list[Argument]]:
     with recorded(
         moe_core,
         "gen_cutlass_fused_moe_sm100_module",
-        moe_core.get_cutlass_fused_moe_module,
+        [moe_core.get_cutlass_fused_moe_module],
         module,
     ):
         flashinfer.fused_moe.cutlass_fused_moe(use_mxfp8_act_scaling=True, **kwargs)

@@ -63,17 +63,17 @@ def test_mxfp8_quantize(shape, dtype, layout):
 
 
 @pytest.mark.parametrize(
-    "m, n, k, out_dtype",
+    "m, n, k, out_dtype, capability",
     [
-        (1, 128, 128, jnp.bfloat16),
-        (1, 160, 288, jnp.float16),
-        (3, 96, 64, jnp.bfloat16),
-        (128, 130, 256, jnp.float16),
-        (257, 160, 288, jnp.bfloat16),
-        (257, 384, 512, jnp.float16),
+        (1, 128, 128, jnp.bfloat16, (10, 0)),
+        (1, 160, 288, jnp.float16, (12, 0)),
+        (3, 96, 64, jnp.bfloat16, (11, 0)),
+        (128, 130, 256, jnp.float16, (10, 3)),
+        (257, 160, 288, jnp.bfloat16, (12, 1)),
+        (257, 384, 512, jnp.float16, (10, 0)),
     ],
 )
-def test_mm_mxfp8(m, n, k, out_dtype):
+def test_mm_mxfp8(m, n, k, out_dtype, capability):
     x, w = normal(m, (m, k)), reference_quantize(normal(n, (n, k)))
     prepared_elements, prepared_scales = prepare.dense_cutlass().prepare(w)
     padded_n, padded_k = prepared_elements.shape
@@ -84,7 +84,7 @@ def test_mm_mxfp8(m, n, k, out_dtype):
         "mxfp8_quantize": [(1, elements), (2, scales)],
         "mxfp8_gemm": [(4, product)],
     }
-    with recorded(results=results) as calls:
+    with recorded(capability, results=results) as calls:
         out = jax.jit(lambda *a: dense.matmul_w8a8(*a, n=n, out_dtype=out_dtype))(
             x, prepared_elements, prepared_scales
         )
@@ -95,6 +95,7 @@ def test_mm_mxfp8(m, n, k, out_dtype):
         to_torch(scales),
         to_torch(prepared_scales),
         getattr(torch, jnp.dtype(out_dtype).name),
+        capability,
     )
     names = ("x", "w", "x_scales", "w_scales", "out", "workspace", "tactic")
     assert_same_call(calls[1][1], expected, names, ("out", "workspace"))
