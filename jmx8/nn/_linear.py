@@ -8,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._device import resolve_activations
 from .._mx_array import MXArray, quantize
 from .._types import Activations
+from ..kernels._prepared import PreparedWeights
 from ..ops.matmul import mx_matmul, mx_matmul_w8a8
 
 
@@ -15,13 +16,13 @@ class MXLinear(eqx.Module):
     """A linear layer with MXFP8 weights, in place of `equinox.nn.Linear`.
 
     Attributes:
-        weight: `[out_features, in_features]`.
+        weight: `[out_features, in_features]`; canonical, or as `prepare` lays it out.
         bias: `[out_features]` in an ordinary dtype, or None.
         activations: "bf16" multiplies the input as it is (W8A16), "mxfp8" quantizes it
             first (W8A8), "auto" is "mxfp8" where the hardware multiplies MXFP8.
     """
 
-    weight: MXArray
+    weight: MXArray | PreparedWeights
     bias: Array | None
     activations: Activations = eqx.field(static=True)
 
@@ -46,7 +47,7 @@ class MXLinear(eqx.Module):
     @classmethod
     def from_weight(
         cls,
-        weight: MXArray,
+        weight: MXArray | PreparedWeights,
         bias: Array | None = None,
         *,
         activations: Activations = "auto",

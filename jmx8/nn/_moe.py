@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._device import resolve_activations
 from .._mx_array import MXArray, quantize
 from .._types import Activations
+from ..kernels._prepared import PreparedWeights
 from ..kernels.xla_matmul import dot_rows
 from ..ops.moe import Activation, is_gated, mx_moe, mx_moe_w8a8
 from ..ops.routing import route, RoutingMethod
@@ -73,7 +74,7 @@ class Experts(eqx.Module):
 
 
 class MXExperts(eqx.Module):
-    """`Experts` with MXFP8 weights.
+    """`Experts` with MXFP8 weights, canonical or as `prepare` lays them out.
 
     Attributes:
         w13: As in `Experts`, an `MXArray` along `hidden_size`.
@@ -86,10 +87,10 @@ class MXExperts(eqx.Module):
             them first (W8A8), "auto" is "mxfp8" where the hardware multiplies MXFP8.
     """
 
-    w13: MXArray
-    w2: MXArray
-    w13_bias: Array | None = None
-    w2_bias: Array | None = None
+    w13: MXArray | PreparedWeights
+    w2: MXArray | PreparedWeights
+    w13_bias: Array | PreparedWeights | None = None
+    w2_bias: Array | PreparedWeights | None = None
     activation: Activation = eqx.field(static=True, default="silu")
     apply_router_weight_on_input: bool = eqx.field(static=True, default=False)
     activations: Activations = eqx.field(static=True, default="auto")

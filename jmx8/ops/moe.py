@@ -165,8 +165,9 @@ def mx_moe_w8a8(
     """As `mx_moe`, with the inputs of both matmuls quantized to MXFP8 (W8A8).
 
     The tokens are quantized along h before the first matmul, and the activation's
-    output, rounded to the dtype of `x`, along i before the second. The first matmul's
-    output is rounded to that dtype too, as FlashInfer's `cutlass_fused_moe` does.
+    output along i before the second. Through XLA it rounds where FlashInfer's
+    `cutlass_fused_moe` does: the matmuls' outputs, the biases and the activation's
+    output to the dtype of `x`; the sum over experts is float32 and rounded once.
     Weights and biases may also be what `jmx8.prepare` made of them. Gradients are those
     of `mx_moe`.
     """

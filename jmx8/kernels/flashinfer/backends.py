@@ -15,18 +15,18 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from ..._mx_array import MXArray
 from .._prepared import Layout, prepare_weights, PreparedWeights
 from ..xla_activation import Activation
-from . import cutlass_moe, dense, prepare, trtllm_moe
+from . import cutlass_moe, dense, prepare, quantize, trtllm_moe
 
 
-def prepare_matmul(x: Array, w: MXArray) -> tuple[Any, ...]:
+def prepare_matmul(x: quantize.Abstract, w: MXArray) -> tuple[Any, ...]:
     """Returns the operands of `matmul_w8a8`."""
     return x, prepare_weights(w, prepare.dense_cutlass())
 
 
 def matmul_unsupported(
-    x: Float[Array, "*g m k"], w: MXArray | PreparedWeights, *, out_dtype: DTypeLike
+    x: quantize.Abstract, w: MXArray | PreparedWeights, *, out_dtype: DTypeLike
 ) -> str | None:
-    """Returns why `matmul_w8a8` cannot run these operands here, None if it can."""
+    """Returns why `matmul_w8a8` cannot run `x` `[*g, m, k]` here, None if it can."""
     if problem := _laid_out_otherwise(w, prepare.dense_cutlass()):
         return problem
     _, laid_out = _laid_out(prepare_matmul, x, w)
