@@ -1,0 +1,102 @@
+"""The backend "flashinfer_cutile" of `mx_matmul`: the grouped kernel, one expert."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float
+
+from ..._mx_array import MXArray
+from . import _backend, _launch, _pipeline, _tiles
+from ._launch import Cubin, Target
+from ._permute import Permutation
+from ._tiles import Gemm
+
+
+def unsupported(
+    x: Float[Array, "*g m k"], w: MXArray, *, out_dtype: DTypeLike
+) -> str | None:
+    """Returns why `run` cannot run here, or should not; None if it can."""
+    if problem := _backend.why_not_here():
+        return problem
+    if w.ndim != 2:
+        return "FlashInfer's cuTile kernels take one weight matrix, not a group of them"
+    if x.dtype != jnp.bfloat16:
+        return f"FlashInfer's cuTile kernels take bfloat16, and x is {x.dtype}"
+    if x.size == 0:
+        return "there is nothing to compute"
+    num_rows = x.shape[0]
+    n, k = w.shape
+    if num_rows > MOST_ROWS:
+        return (
+            f"widening the weights once is faster than doing so for each block of rows "
+            f"when there are more than {MOST_ROWS}, and x has {num_rows}"
+        )
+    arch = _backend.target().arch
+    return _backend.why_not_built(required_cubins(arch, num_rows, n, k, out_dtype))
+
+
+def run(x: Float[Array, "m k"], w: MXArray, *, out_dtype: DTypeLike) -> Array:
+    """Computes `x @ w.T`; see `ops.matmul.mx_matmul`. Two runs give the same bits."""
+    target = _backend.target()
+    block_rows, gemm = _tiles.dense_tiles(target.arch, x.shape[0])
+    return matmul(
+        x,
+        w,
+        out_dtype=out_dtype,
+        block_rows=block_rows,
+        gemm=gemm,
+        target=target,
+    )
+
+
+def matmul(
+    x: Float[Array, "m k"],
+    w: MXArray,
+    *,
+    out_dtype: DTypeLike,
+    block_rows: int,
+    gemm: Gemm,
+    target: Target,
+) -> Float[Array, "m n"]:
+    """Computes `x @ w.T` with exactly widened weights and float32 accumulation."""
+    num_rows = x.shape[0]
+    num_blocks = -(-num_rows // block_rows)
+    # The rows are in place already, and all places belong to expert 0.
+    places = Permutation(
+        slots=jnp.zeros(num_blocks * block_rows, jnp.int32),
+        block_expert=jnp.zeros(num_blocks, jnp.int32),
+        num_places=jnp.asarray(np.asarray([num_rows], np.int32)),
+        place_of=None,
+    )
+    return _pipeline.grouped_matmul(
+        x,
+        MXArray(w.elements[None], w.scales[None], dtype=w.dtype),
+        gemm,
+        places=places,
+        num_rows=num_rows,
+        block_rows=block_rows,
+        target=target,
+        num_columns=w.shape[0],
+        out_dtype=out_dtype,
+    )
+
+
+@functools.cache
+def required_cubins(
+    arch: str, num_rows: int, n: int, k: int, out_dtype: DTypeLike = jnp.bfloat16
+) -> tuple[Cubin, ...]:
+    """Returns the kernels that `x @ w.T` runs for x `[num_rows, k]` and w `[n, k]`."""
+    block_rows, gemm = _tiles.dense_tiles(arch, num_rows)
+    product = functools.partial(
+        matmul,
+        out_dtype=out_dtype,
+        block_rows=block_rows,
+        gemm=gemm,
+        target=_backend.target_of(arch),
+    )
+    x = jax.ShapeDtypeStruct((num_rows, k), jnp.bfloat16)
+    with _launch.record() as launches:
+        jax.eval_shape(product, x, _backend.abstract_weights(n, k))
+    return tuple(dict.fromkeys(launch.cubin for launch in launches))
