@@ -277,3 +277,31 @@ def test_given_ids_have_limits_too():
     assert trtllm_moe.unsupported_ids(2, 6) is None
     problem = trtllm_moe.unsupported_ids(33, 128)
     assert problem is not None and "RENORMALIZE is compiled for" in problem
+
+
+@pytest.mark.parametrize(
+    "logits_dtype, bias_dtype, offset, reason",
+    [
+        (jnp.float32, None, 0, None),
+        (jnp.bfloat16, jnp.float32, 24, None),
+        (jnp.float16, None, 0, "not on float16"),
+        (jnp.float32, jnp.float16, 0, "not on float16"),
+        (jnp.float32, None, 25, "experts 25 to 32 are not all of the router's"),
+        (jnp.float32, None, -1, "experts -1 to 6"),
+    ],
+)
+def test_logits_have_limits(logits_dtype, bias_dtype, offset, reason):
+    bias = None if bias_dtype is None else jnp.zeros(32, bias_dtype)
+    routing = Routing("sigmoid", 4, has_bias=bias is not None)
+    problem = trtllm_moe.unsupported_logits(
+        jnp.zeros((3, 32), logits_dtype),
+        bias,
+        routing=routing,
+        num_local_experts=8,
+        local_expert_offset=offset,
+    )
+    assert problem is None if reason is None else reason in (problem or "")
+    problem = trtllm_moe.unsupported_logits(
+        jnp.zeros((3, 30)), None, routing=routing, num_local_experts=8
+    )
+    assert problem is not None and "a multiple of 4 experts" in problem

@@ -130,7 +130,9 @@ def unsupported(
     activation: Activation,
     apply_router_weight_on_input: bool,
 ) -> str | None:
-    """Returns why neither form of the kernel can run here, None if routing decides.
+    """Returns why the kernel cannot run here, None if it can.
+
+    `unsupported_ids` and `unsupported_logits` tell about its two forms.
 
     Args:
         x: Tokens `[t, h]`.
@@ -167,6 +169,30 @@ def unsupported_ids(top_k: int, num_experts: int) -> str | None:
     routing = Routing("topk_softmax", top_k)
     experts = _num_ids(top_k, num_experts)
     return trtllm_routing.limits(trtllm_routing.GIVEN, routing, experts)
+
+
+def unsupported_logits(
+    logits: quantize.Abstract,
+    correction_bias: quantize.Abstract | None,
+    *,
+    routing: Routing,
+    num_local_experts: int,
+    local_expert_offset: int = 0,
+) -> str | None:
+    """Returns why `route_and_moe_w8a8` cannot route so, None if it can."""
+    num_experts, last = logits.shape[-1], local_expert_offset + num_local_experts
+    operands = (logits,) if correction_bias is None else (logits, correction_bias)
+    for a in operands:
+        if a.dtype not in (jnp.float32, jnp.bfloat16):
+            return (
+                "trtllm_fp8_block_scale_moe routes on float32 and bfloat16, not on "
+                f"{a.dtype}"
+            )
+    if local_expert_offset < 0 or last > num_experts:
+        return (
+            f"experts {local_expert_offset} to {last - 1} are not all of the router's"
+        )
+    return trtllm_routing.unsupported(routing, num_experts)
 
 
 def moe_w8a8(
@@ -246,7 +272,7 @@ def route_and_moe_w8a8(
         logits: Of all experts, float32 or bfloat16.
         correction_bias: Added for the choice of experts, float32 or bfloat16; or None.
         weights: Prepared weights of the experts from `local_expert_offset` on.
-        routing: What `trtllm_routing.unsupported` has no objection to.
+        routing: What `unsupported_logits` has no objection to.
         method: The kernel's method; None for the one that `routing` is.
         activation: Between the matmuls.
         local_expert_offset: Id of the first expert that is here.
