@@ -39,6 +39,12 @@ def copy_bandwidth(num_bytes: int = 1 << 30) -> float:
     return 2 * x.nbytes / seconds
 
 
+def matmul_rate(size: int) -> float:
+    """Returns operations per second of a square bfloat16 matmul of random data."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    return 2 * size**3 / median_seconds(jax.jit(lambda a: a @ a), x, calls=5)
+
+
 def describe_run() -> str:
     """Returns date, device, versions and command, as a line of markdown."""
     device = jax.devices()[0]

@@ -13,7 +13,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _timing import copy_bandwidth, describe_run, markdown_table, median_seconds
+from _timing import (
+    copy_bandwidth,
+    describe_run,
+    markdown_table,
+    matmul_rate,
+    median_seconds,
+)
 
 from jmx8 import dequantize, mx_moe, mx_moe_w8a8, quantize, route
 
@@ -50,11 +56,6 @@ def check(x, layers, ids, weights):
             exact += weight * (w2[e] @ (gate / (1 + np.exp(-gate)) * up))
         error = np.linalg.norm(np.asarray(out[t], np.float64) - exact)
         assert error <= 1e-2 * np.linalg.norm(exact), f"wrong result: {error}"
-
-
-def matmul_rate(size: int) -> float:
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    return 2 * size**3 / median_seconds(jax.jit(lambda a: a @ a), x, calls=5)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def bind(function: Any, plan: Sequence[Sequence[Any]]) -> Any:
     """
     import tvm_ffi
 
-    return _load()["bind"](function, tvm_ffi.convert(plan))
+    return load()["bind"](function, tvm_ffi.convert(plan))
 
 
 def adapter_path() -> pathlib.Path:
@@ -54,7 +54,8 @@ def adapter_unavailable() -> str | None:
 
 
 @functools.cache
-def _load() -> Any:
+def load() -> Any:
+    """Returns the adapter's module, compiled first if it must be."""
     import tvm_ffi
 
     return tvm_ffi.load_module(str(make_once(adapter_path(), _compile)))
