@@ -79,8 +79,8 @@ def topk(x, top_k):
     )
 
 
-def rope(q, k, positions, theta=1e4):
-    return ROPE(
+def rope(q, k, positions, theta=1e4, kernel=ROPE):
+    return kernel(
         q=q,
         k=k,
         q_out=Output(q.shape, q.dtype),
