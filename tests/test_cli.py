@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jmx8.data import HELDOUT_TEXT, TINY_QWEN3_MOE
+from jmx8.kernels.flashinfer.modules import cached_path, NORM
 
 
 def jmx8(*args, **kwargs):
@@ -31,7 +32,7 @@ def succeed(*args, **kwargs):
 
 def test_help_names_every_command():
     text = succeed("--help")
-    for command in ("demo", "generate", "inspect", "doctor"):
+    for command in ("demo", "generate", "inspect", "doctor", "build-kernels"):
         assert command in text
         assert "Usage" in succeed(command, "--help")
     assert succeed("--version").strip() == "0.1.0"
@@ -77,6 +78,20 @@ def test_doctor_tells_which_backends_run():
     assert "compute capability" in text and "mx_moe_w8a8" in text
     facts = json.loads(succeed("doctor", "--json"))
     assert {"op": "mx_matmul", "backend": "xla", "problem": None} in facts["backends"]
+    if not facts["devices"][0].startswith("gpu"):
+        for row in facts["backends"]:
+            assert (row["problem"] is None) == (row["backend"] == "xla"), row
+    adapter = facts["ffi_adapter"]["answer"]
+    assert adapter.startswith(("built, ", "compiled at", "no: the FFI bridge")), adapter
+
+
+def test_build_kernels_skips_what_is_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("JMX8_CACHE_DIR", str(tmp_path))
+    module = cached_path(NORM, "9.0a")
+    module.parent.mkdir(parents=True)
+    module.touch()
+    text = succeed("build-kernels", "--arch", "9.0", "--module", "norm")
+    assert "already built" in text and text.split()[:2] == ["norm", "9.0a"]
 
 
 @pytest.fixture
@@ -124,6 +139,8 @@ def test_bad_folder_is_one_line_and_exit_code_2(folder, damage, words):
         (("generate", "x", "-n", "100000"), "512"),
         (("inspect", "--only", "*typo*"), "typo"),
         (("inspect", "--sort", "size"), "sqnr"),
+        (("build-kernels", "--arch", "Hopper"), "expected one like 10.0a"),
+        (("build-kernels", "--arch", "9.0", "--module", "typo"), "typo"),
         (("demo", "--text", HELDOUT_TEXT.with_name("missing.txt")), "missing.txt"),
     ],
 )
