@@ -24,6 +24,7 @@ def use(monkeypatch, capability=(10, 0)):
     """Makes the device claim to be a Blackwell whose kernels are these functions."""
     monkeypatch.setattr(_device, "compute_capability", lambda: capability)
     monkeypatch.setattr(modules, "unavailable", lambda module, capability: None)
+    monkeypatch.setattr(quantize, "_has_older_gpu", lambda: False)
     for module, function in (
         (quantize, mxfp8_quantize),
         (dense, mxfp8_gemm),

@@ -18,6 +18,8 @@ from jmx8.kernels import _adapter
 from jmx8.kernels._ffi import Kernel, Output, Workspace
 
 
+pytestmark = pytest.mark.cpu
+
 # Allocates and returns memory as FlashInfer's launchers do.
 ALLOCATING = """
 #include <tvm/ffi/extra/c_env_api.h>

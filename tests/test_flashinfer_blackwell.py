@@ -17,6 +17,9 @@ from jmx8.kernels.flashinfer.trtllm_moe import Weights
 from jmx8.kernels.flashinfer.trtllm_routing import Routing, RoutingMethodType
 
 
+pytestmark = pytest.mark.cpu
+
+
 def zeros(*shape, dtype=jnp.bfloat16):
     return jnp.zeros(shape, dtype)
 

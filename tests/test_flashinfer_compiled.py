@@ -27,6 +27,9 @@ from jmx8.kernels.flashinfer import dense, modules, prepare, quantize
 from jmx8.kernels.flashinfer.layouts import swizzle_scales
 
 
+pytestmark = pytest.mark.cpu
+
+
 ARCH, CAPABILITY = "10.0a", (10, 0)
 
 

@@ -36,6 +36,9 @@ from .flashinfer_calls import (
 )
 
 
+pytestmark = pytest.mark.cpu
+
+
 @pytest.mark.parametrize("layout", ["128x4", "8x4", "linear"])
 @pytest.mark.parametrize(
     "shape, dtype",

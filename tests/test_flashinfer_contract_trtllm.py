@@ -34,6 +34,9 @@ from .flashinfer_calls import (
 )
 
 
+pytestmark = pytest.mark.cpu
+
+
 def trtllm_weights(layer, has_bias):
     biases = layer.prepared_biases(prepare.bias_trtllm) if has_bias else ()
     return trtllm_moe.Weights(*layer.prepared(prepare.moe_trtllm), *biases)

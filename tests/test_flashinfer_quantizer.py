@@ -20,6 +20,9 @@ from jmx8.kernels.flashinfer import modules
 from jmx8.kernels.flashinfer.layouts import round_up, swizzle_scales, unswizzle_scales
 
 
+pytestmark = pytest.mark.cpu
+
+
 ARCH = "10.0a"  # what runs on the host is the same for every architecture
 PATH = modules.find(modules.QUANTIZATION, ARCH)
 if PATH is None:

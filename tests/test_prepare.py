@@ -22,6 +22,9 @@ pytest.importorskip("jax_tvm_ffi")
 from . import emulated_flashinfer
 
 
+pytestmark = pytest.mark.cpu
+
+
 @pytest.fixture
 def blackwell(monkeypatch):
     emulated_flashinfer.use(monkeypatch)
