@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import importlib.util
 import pathlib
 import shutil
 import subprocess
@@ -179,10 +180,23 @@ def test_without_a_compiler_the_reason_says_how_to_build_elsewhere(machine):
         modules.load(GEMM, SM100)
 
 
-def test_without_tvm_ffi_the_reason_says_so(machine, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+@pytest.mark.parametrize("package", ["tvm_ffi", "jax_tvm_ffi"])
+def test_without_the_bridge_the_reason_says_so(machine, monkeypatch, package):
+    put(modules.cached_path(GEMM, "10.0a"))
+    find_spec = importlib.util.find_spec
+    missing = lambda name: None if name == package else find_spec(name)
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
     problem = modules.unavailable(GEMM, SM100)
-    assert problem is not None and "apache-tvm-ffi is not installed" in problem
+    assert problem is not None and "pip install jmx8[cuda]" in problem
+    assert problem.startswith(("tvm_ffi is not", "jax_tvm_ffi is not"))
+
+
+def test_without_a_compiler_for_the_adapter_the_reason_says_so(machine):
+    pytest.importorskip("jax_tvm_ffi")
+    put(modules.cached_path(GEMM, "10.0a"))
+    machine.remove_compiler()
+    problem = modules.unavailable(GEMM, SM100)
+    assert problem is not None and "there is no C++ compiler" in problem
 
 
 def test_trtllm_needs_cubins_whether_it_is_built_or_not(machine):

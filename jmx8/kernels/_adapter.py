@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -32,22 +34,26 @@ def bind(function: Any, plan: Sequence[Sequence[Any]]) -> Any:
 
 def adapter_path() -> pathlib.Path:
     """Returns where the adapter for this source and this tvm-ffi is or will be."""
-    import tvm_ffi
-
-    key = _SOURCE.read_bytes() + tvm_ffi.__version__.encode()
+    version = importlib.metadata.version("apache-tvm-ffi")
+    key = _SOURCE.read_bytes() + version.encode()
     digest = hashlib.sha256(key).hexdigest()[:16]
     return cache_folder("adapter") / f"adapter-{digest}.so"
 
 
+def bridge_missing() -> str | None:
+    """Returns which package of the bridge is missing, None if none is."""
+    for package in ("jax_tvm_ffi", "tvm_ffi"):
+        # Looked for, not imported: importing takes its time.
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: `pip install jmx8[cuda]`"
+    return None
+
+
 def adapter_unavailable() -> str | None:
     """Returns why the adapter is not there and cannot be built, or None."""
-    try:
-        path = adapter_path()
-    except ImportError:
-        return (
-            "the FFI bridge is not installed; `pip install jax-tvm-ffi` (it is in "
-            "jmx8[cuda])"
-        )
+    if problem := bridge_missing():
+        return problem
+    path = adapter_path()
     if path.exists() or _compiler() is not None:
         return None
     return f"the FFI adapter is not built ({path}) and there is no C++ compiler"

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from .._adapter import adapter_unavailable, bridge_missing
 from .._buildable import Buildable
 from .._cache import cache_folder
 from . import _toolchain, cubins
@@ -237,14 +238,14 @@ def unavailable(module: Module, capability: Capability | None) -> str | None:
             f"FlashInfer's {module.name} is for compute capability {there}; "
             f"this device is {here}"
         )
-    if importlib.util.find_spec("tvm_ffi") is None:
-        return "apache-tvm-ffi is not installed: `pip install jax-tvm-ffi`"
+    if problem := bridge_missing():
+        return problem
     arch = arch_of(capability)
     if find(module, arch) is not None:
         if module.cubins and not cubins.has_cubins():
             folder = cubins.cubin_folder()
             return f"there are no cubins in {folder}: {cubins.HOW_TO_FETCH}"
-        return None
+        return adapter_unavailable()
     problem = _cannot_build(module)
     return problem and (
         f"FlashInfer's {module.name} is not built for {arch} ({problem}); build it "
