@@ -345,7 +345,7 @@ def search(layer, args):
     for m in args.dense_rows:
         n, k = args.dense
         for rows in DENSE_BLOCKS[m]:
-            note({"rows": m}, time_dense(layer.target, m, n, k, rows))
+            note({"m": m}, time_dense(layer.target, m, n, k, rows))
 
 
 def main() -> None:
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--sets", type=int, default=3, help="sets of weights")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(BLOCKS))
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(BLOCKS))
     parser.add_argument("--dense", type=int, nargs=2, default=(12288, 4096))
     parser.add_argument("--dense-rows", type=int, nargs="*", default=list(DENSE_BLOCKS))
     parser.add_argument("--json", help="where to write every time that was taken")

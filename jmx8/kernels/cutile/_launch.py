@@ -25,9 +25,9 @@ class In(NamedTuple):
     """A parameter that is an array the kernel reads.
 
     Attributes:
-        axes: A letter for each axis. "t": depends on the number of tokens, so that
-            nothing is assumed of its size; "m": belongs to the model, so that its being
-            a multiple of 16 is compiled in.
+        axes: A letter for each axis. "t": depends on the number of tokens or of
+            experts, so that nothing is assumed of its size; "m": a width of the model,
+            so that its being a multiple of 16 is compiled in.
         wide: Whether the kernel indexes it with 64 bits.
     """
 

@@ -145,9 +145,24 @@ def _permute_many(ids, num_experts, block_rows, places, target):
         BLOCK_EXPERT=block_expert,
         BLOCK_SIZE=block_rows,
     )
-    chunks = jnp.arange(num_rows, dtype=jnp.int32) // counting.chunk_rows
-    first = base.at[chunks * counting.num_bins + ids].get(mode="clip")
-    return Permutation(slots, block_expert, total, first + ranks)
+    return Permutation(
+        slots, block_expert, total, place_of_rows(ids, base, ranks, counting)
+    )
+
+
+def place_of_rows(
+    ids: Int[Array, " r"],
+    base: Int[Array, " bins"],
+    ranks: Int[Array, " r"],
+    counting: _Histogram,
+) -> Int[Array, " r"]:
+    """Returns where the kernel for many rows stores each row.
+
+    `base` has the first place of each chunk's rows of each expert, `ranks` the rank of
+    a row among them.
+    """
+    chunks = jnp.arange(ids.size, dtype=jnp.int32) // counting.chunk_rows
+    return base.at[chunks * counting.num_bins + ids].get(mode="clip") + ranks
 
 
 def _scan_short(histogram, counting, num_experts, block_rows, num_blocks, target):

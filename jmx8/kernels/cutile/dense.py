@@ -14,6 +14,10 @@ from ._permute import Permutation
 from ._tiles import Gemm
 
 
+# More rows than this make widening the weights once the faster way.
+MOST_ROWS = 512
+
+
 def unsupported(
     x: Float[Array, "*g m k"], w: MXArray, *, out_dtype: DTypeLike
 ) -> str | None:
