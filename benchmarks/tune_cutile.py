@@ -97,9 +97,11 @@ def parse_candidates(text: str) -> list[Gemm]:
     """Returns the tiles that an entry of `_CANDIDATES` stands for."""
     shapes, occupancies, warps = text.split("@")
     return [
-        Gemm(*map(int, shape.split("x")), int(occupancy), warps=int(count))
-        for shape, occupancy, count in itertools.product(
-            shapes.split(), occupancies.split(), warps.split()
+        Gemm(int(n), int(k), int(occupancy), int(count))
+        for (n, _, k), occupancy, count in itertools.product(
+            (shape.partition("x") for shape in shapes.split()),
+            occupancies.split(),
+            warps.split(),
         )
     ]
 

@@ -27,6 +27,7 @@ from ._launch import Cubin
 TUNED_COMPILER = "13.3.36"
 
 
+@functools.cache  # Looked up for every launch that is traced.
 def version_of(package: str) -> str | None:
     """Returns the installed version of a package, or None."""
     try:

@@ -249,7 +249,7 @@ def _emit(
     bound = [(p, arguments.get(name)) for name, p in kernel.parameters.items()]
     operands = [a for _, a in bound if isinstance(a, jax.Array)]
     out_types = _written(kernel, arguments)
-    numbers = [a for p, a in bound if isinstance(p, Scalar)]
+    numbers = [int(arguments[n]) for n, p in kernel.parameters.items() if p == Scalar()]
     # Buffers are numbered: operands, then results, then scalars.
     operand, result = 0, len(operands)
     scalar = result + len(out_types)
@@ -299,7 +299,9 @@ def _pack(number: int) -> int:
 
 @functools.cache
 def _register() -> None:
-    import cuda.tile._cext as cext  # pyright: ignore[reportMissingImports]
+    import cuda.tile._cext
+
+    cext: Any = cuda.tile._cext  # whose stub lacks what we need
 
     jax.ffi.register_ffi_type(
         "cutile_launch",

@@ -1,6 +1,6 @@
 """Sorts routed rows by expert, through FlashInfer's permutation kernels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -108,7 +108,10 @@ def _permute_few(ids, num_experts, block_rows, places, target):
 def _permute_many(ids, num_experts, block_rows, places, target):
     num_rows = ids.size
     counting = _histogram(num_rows, num_experts)
-    rows = {"EPOW2": counting.num_bins, "CHUNK_SIZE": counting.chunk_rows}
+    rows: dict[str, Any] = {
+        "EPOW2": counting.num_bins,
+        "CHUNK_SIZE": counting.chunk_rows,
+    }
     # The kernels for many slabs read the padding of the histogram, and write the
     # experts of used blocks only.
     is_long = counting.num_slabs > 2
@@ -187,7 +190,7 @@ def _scan_short(histogram, counting, num_experts, block_rows, num_blocks, target
 
 def _scan_long(histogram, counting, num_experts, block_rows, num_blocks, target):
     """Turns counts into first places, one thread block for each slab."""
-    slabs = {
+    slabs: dict[str, Any] = {
         "EPOW2": counting.num_bins,
         "CHUNKS_PER_SLAB": counting.chunks_per_slab,
     }

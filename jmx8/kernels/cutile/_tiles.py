@@ -60,7 +60,7 @@ def _table() -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def moe_tiles(arch: str, routed: tuple[int, int], num_experts: int) -> Tiles:
+def moe_tiles(arch: str, routed: tuple[int, ...], num_experts: int) -> Tiles:
     """Returns the tiles for an MoE layer.
 
     Args:
@@ -69,7 +69,7 @@ def moe_tiles(arch: str, routed: tuple[int, int], num_experts: int) -> Tiles:
         num_experts: Experts of the layer.
     """
     rows = _table()["moe"].get(arch) or _table()["moe"]["unmeasured"]
-    num_rows = max(1, routed[0] * routed[1])
+    num_rows = max(1, math.prod(routed))
     # Measured for one number of experts: what counts is how full the blocks are.
     entry = _nearest(rows, num_rows / num_experts, "rows_per_expert")
     first, second = Gemm(**entry["first"]), Gemm(**entry["second"])
@@ -79,7 +79,7 @@ def moe_tiles(arch: str, routed: tuple[int, int], num_experts: int) -> Tiles:
 def dense_tiles(arch: str, num_rows: int) -> tuple[int, Gemm]:
     """Returns block size and tiles for a matmul with one weight matrix."""
     rows = _table()["dense"].get(arch) or _table()["dense"]["unmeasured"]
-    entry = _nearest(rows, max(1, num_rows), "rows")
+    entry = _nearest(rows, float(max(1, num_rows)), "rows")
     return entry["block_rows"], Gemm(**entry["gemm"])
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..._mx_array import MXArray
+from .. import _ffi
 from ..xla_activation import Activation
 from . import _backend, _launch, _permute, _pipeline, _tiles
 from ._launch import Cubin
@@ -68,24 +69,42 @@ def run(
 
     Two runs give the same bits.
     """
-    target = _backend.target()
-    return _pipeline.moe(
-        x,
-        w13,
-        w2,
-        topk_ids,
-        topk_weights,
-        activation=activation,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-        tiles=_tiles.moe_tiles(target.arch, topk_ids.shape, w2.shape[0]),
-        target=target,
+    arch = _backend.target().arch
+    operands, structure = jax.tree.flatten((x, w13, w2, topk_ids, topk_weights))
+    layer = _layer(
+        arch,
+        _tiles.moe_tiles(arch, topk_ids.shape, w2.shape[0]),
+        activation,
+        apply_router_weight_on_input,
+        structure,
+        tuple(operand.ndim for operand in operands),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
     )
+    (out,) = layer(*operands)
+    return out
+
+
+@functools.cache  # so that calls outside `jit` compile once
+def _layer(arch, tiles, activation, weight_input, structure, ranks, out_type):
+    """Returns the layer as a function of arrays that refuses sharded ones."""
+
+    def call(*operands):
+        out = _pipeline.moe(
+            *jax.tree.unflatten(structure, operands),
+            activation=activation,
+            apply_router_weight_on_input=weight_input,
+            tiles=tiles,
+            target=_backend.target_of(arch),
+        )
+        return (out,)
+
+    return _ffi.guard("mx_moe[flashinfer_cutile]", call, ranks, (out_type,))
 
 
 @functools.cache
 def required_cubins(
     arch: str,
-    routed: tuple[int, int],
+    routed: tuple[int, ...],
     num_experts: int,
     hidden_size: int,
     intermediate_size: int,
