@@ -400,6 +400,17 @@ class TestAhead:
             put(cubin)
         assert ahead.compile_ahead(cubins) == 0
 
+    def test_buildable(self, cache, monkeypatch):
+        cubins = functools.partial(ahead.dense_cubins, n=64, k=64, max_rows=4)
+        built = ahead.buildable("dense", cubins)
+        assert (9, 0) in built.capabilities
+        assert built.find("9.0a") is None
+        monkeypatch.setattr(_cubins, "why_not_compile", lambda: None)
+        monkeypatch.setattr(_cubins, "compile_missing", lambda c: [put(x) for x in c])
+        folder = built.build("9.0a", None)
+        assert folder == built.find("9.0") == _cubins.folder("sm_90")
+        assert len(list(folder.glob("*.cubin"))) == len(set(cubins("9.0")))
+
     def test_no_compiler_is_told(self, cache, monkeypatch):
         monkeypatch.setattr(_cubins, "why_not_compile", lambda: "no compiler")
         with pytest.raises(RuntimeError, match="no compiler"):

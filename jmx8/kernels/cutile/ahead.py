@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Iterable
 
+from .._buildable import Buildable
 from ..xla_activation import Activation
 from . import _backend, _cubins, dense, moe
 from ._launch import Cubin
@@ -65,15 +67,37 @@ def compile_ahead(cubins: Iterable[Cubin]) -> int:
     return len(_cubins.compile_missing(cubins))
 
 
+def buildable(name: str, cubins: Callable[[str], Iterable[Cubin]]) -> Buildable:
+    """Returns what `jmx8 build-kernels` builds for a model.
+
+    Args:
+        name: What it is asked for by.
+        cubins: From an architecture to the kernels, for example a `partial` of
+            `moe_cubins`.
+    """
+
+    def find(arch: str) -> pathlib.Path | None:
+        is_built = not _cubins.missing(cubins(arch))
+        return _cubins.folder(_arch_name(arch)) if is_built else None
+
+    def build(arch: str, jobs: int | None) -> pathlib.Path:
+        del jobs  # one compiler at a time
+        compile_ahead(cubins(arch))
+        return _cubins.folder(_arch_name(arch))
+
+    return Buildable(name, tuple(_backend.ARCHES), find, build)
+
+
 def _arch_name(arch: str) -> str:
     names = {
         f"{major}.{minor}": name for (major, minor), name in _backend.ARCHES.items()
     }
-    if arch not in names:
+    plain = arch.rstrip("af")  # "9.0a": of no matter to this compiler
+    if plain not in names:
         raise ValueError(
-            f"arch: FlashInfer's cuTile kernels are for {sorted(names)}, got {arch!r}."
+            f"arch: FlashInfer's cuTile kernels are for {list(names)}, got {arch!r}."
         )
-    return names[arch]
+    return names[plain]
 
 
 def _over_sizes(
