@@ -248,31 +248,14 @@ def _emit(
     _register()
     bound = [(p, arguments.get(name)) for name, p in kernel.parameters.items()]
     operands = [a for _, a in bound if isinstance(a, jax.Array)]
-    out_types = _written(kernel, arguments)
     numbers = [int(arguments[n]) for n, p in kernel.parameters.items() if p == Scalar()]
-    # Buffers are numbered: operands, then results, then scalars.
-    operand, result = 0, len(operands)
-    scalar = result + len(out_types)
-    spare = next((i for i, a in enumerate(operands) if a.ndim == 1), None)
-    buffers, widths, aliases = [], [], {}
-    for parameter, argument in bound:
-        if isinstance(parameter, Constant):
-            continue
-        widths.append(64 if getattr(parameter, "wide", False) else 32)
-        if isinstance(parameter, Unused):
-            buffers.append(spare)
-        elif isinstance(parameter, Scalar):
-            buffers.append(scalar)
-            scalar += 1
-        elif isinstance(argument, Empty):
-            buffers.append(result)
-            result += 1
-        else:
-            buffers.append(operand)
-            if isinstance(parameter, Out):
-                aliases[operand] = result - len(operands)
-                result += 1
-            operand += 1
+    out_types = _written(kernel, arguments)
+    buffers, aliases = _number_buffers(bound, operands, len(out_types))
+    widths = [
+        64 if getattr(parameter, "wide", False) else 32
+        for parameter in kernel.parameters.values()
+        if not isinstance(parameter, Constant)
+    ]
     attributes = {
         "buffer_ids": np.asarray(buffers, np.int32),
         "index_bitwidths": np.asarray(widths, np.int32),
@@ -291,6 +274,37 @@ def _emit(
     )
     with jax.named_scope(f"jmx8.cutile.{kernel.function.strip('_')}"):
         return list(call(*operands, **attributes))
+
+
+def _number_buffers(
+    bound: list[tuple[Parameter, Any]], operands: list[jax.Array], num_results: int
+) -> tuple[list[int], dict[int, int]]:
+    """Returns the buffer of each parameter that has one, and which results alias.
+
+    Operands come first, then results, then scalars.
+    """
+    operand, result = 0, len(operands)
+    scalar = result + num_results
+    spare = next((i for i, a in enumerate(operands) if a.ndim == 1), None)
+    buffers, aliases = [], {}
+    for parameter, argument in bound:
+        if isinstance(parameter, Constant):
+            continue
+        if isinstance(parameter, Unused):
+            buffers.append(spare)
+        elif isinstance(parameter, Scalar):
+            buffers.append(scalar)
+            scalar += 1
+        elif isinstance(argument, Empty):
+            buffers.append(result)
+            result += 1
+        else:
+            buffers.append(operand)
+            if isinstance(parameter, Out):
+                aliases[operand] = result - len(operands)
+                result += 1
+            operand += 1
+    return buffers, aliases
 
 
 def _pack(number: int) -> int:
