@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from .._device import resolve_activations
+from .._types import Implementation
 from ..kernels._prepared import to_canonical
-from ..ops.matmul import prepare_matmul
-from ..ops.moe import prepare_moe
+from ..ops.matmul import prepare_matmul, W8A8_BACKENDS as MATMUL_BACKENDS
+from ..ops.moe import prepare_moe, W8A8_BACKENDS as MOE_BACKENDS
 from ._linear import MXLinear
 from ._moe import MXExperts
 
@@ -18,7 +19,12 @@ from ._moe import MXExperts
 Module = TypeVar("Module")
 
 
-def prepare(module: Module, *, dtype: DTypeLike = jnp.bfloat16) -> Module:
+def prepare(
+    module: Module,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Module:
     """Lays out the weights of MXFP8 layers for the kernels that will run them.
 
     Once, after loading and before the first call: a kernel that wants swizzled scales
@@ -30,15 +36,30 @@ def prepare(module: Module, *, dtype: DTypeLike = jnp.bfloat16) -> Module:
     Args:
         module: Any pytree of Equinox modules with `MXLinear` and `MXExperts` layers.
         dtype: Dtype of the activations that the layers will get.
+        implementation: Backend of `mx_matmul_w8a8` or `mx_moe_w8a8` to lay weights out
+            for, also such as are laid out already; for layers whose op has no backend
+            of that name, and for all if None, the first one that can run. Layers that
+            never quantize their activations stay as they are.
 
     Returns:
         The same module with `PreparedWeights` in these layers. `jmx8.canonical` undoes
         it, bit for bit; save, shard and update canonical weights.
+
+    Raises:
+        ValueError: If `implementation` is unknown.
+        NotImplementedError: If the named implementation cannot run a layer on this
+            device; the message says why.
     """
+    names = (*MATMUL_BACKENDS, *MOE_BACKENDS)
+    if implementation is not None and implementation not in names:
+        raise ValueError(
+            f"prepare: unknown implementation {implementation!r}; expected one of "
+            f"{sorted({*names})}, or None to choose."
+        )
     nodes, structure = jax.tree.flatten(module, is_leaf=_is_layer)
     del module  # A caller that keeps no reference never holds two copies of a model.
     for i, node in enumerate(nodes):
-        nodes[i] = _prepare(node, jnp.dtype(dtype))
+        nodes[i] = _prepare(node, jnp.dtype(dtype), implementation)
     return jax.tree.unflatten(structure, nodes)
 
 
@@ -51,11 +72,17 @@ def _is_layer(node: Any) -> bool:
     return isinstance(node, MXLinear | MXExperts)
 
 
-def _prepare(node: Any, dtype: jnp.dtype) -> Any:
-    if not _is_layer(node) or resolve_activations(node.activations) != "mxfp8":
+def _prepare(node: Any, dtype: jnp.dtype, implementation: Implementation | None) -> Any:
+    if not _is_layer(node) or node.activations == "bf16":
+        return node
+    backends = MATMUL_BACKENDS if isinstance(node, MXLinear) else MOE_BACKENDS
+    if implementation not in backends:
+        implementation = None
+    # Where "auto" means bfloat16, a backend that was asked for tells why it cannot run.
+    if implementation is None and resolve_activations(node.activations) != "mxfp8":
         return node
     if isinstance(node, MXLinear):
-        weight = prepare_matmul(node.weight, dtype)
+        weight = prepare_matmul(node.weight, dtype, implementation)
         return MXLinear.from_weight(weight, node.bias, activations=node.activations)
     w13, w2, w13_bias, w2_bias = prepare_moe(
         node.w13,
@@ -65,5 +92,6 @@ def _prepare(node: Any, dtype: jnp.dtype) -> Any:
         activation=node.activation,
         apply_router_weight_on_input=node.apply_router_weight_on_input,
         dtype=dtype,
+        implementation=implementation,
     )
     return dataclasses.replace(node, w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias)

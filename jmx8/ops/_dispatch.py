@@ -19,27 +19,9 @@ import jax.numpy as jnp
 
 from .._device import default_device
 from .._mx_array import MXArray
-from ..kernels._prepared import is_prepared, to_canonical
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """One implementation of an op.
-
-    Attributes:
-        name: What a caller passes as `implementation`.
-        unsupported: Returns why the operands cannot run here, or None if they can.
-        run: Computes the op. Takes the same operands and options as `unsupported`.
-        reason: What speaks for it, as `explain` shows it.
-        prepare: Returns the operands with the weights in the backend's own layout,
-            without which it does not run; None if it takes canonical ones.
-    """
-
-    name: str
-    unsupported: Callable[..., str | None]
-    run: Callable[..., Any]
-    reason: str
-    prepare: Callable[..., tuple[Any, ...]] | None = None
+from ..kernels._prepared import to_canonical
+from ._backend import Backend as Backend, Call as Call, describe_call, Op as Op
+from ._tactics import tuned_tactic
 
 
 def xla_backend(run: Callable[..., Any]) -> Backend:
@@ -50,24 +32,6 @@ def xla_backend(run: Callable[..., Any]) -> Backend:
 
 def _on_canonical(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *operands, **options: run(*to_canonical(operands), **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """An operation with several backends.
-
-    Attributes:
-        name: The public function's name.
-        backends: In order of preference; the last one supports everything.
-        fold: The batching rule: `(axis_size, in_batched, *operands)` to folded
-            operands and a function that unfolds the result.
-        reference: Differentiated in place of the backend's kernel.
-    """
-
-    name: str
-    backends: tuple[Backend, ...]
-    fold: Callable[..., tuple[tuple[Any, ...], Callable[[Any], Any]]]
-    reference: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +69,15 @@ class Explanation:
         return "\n".join([f"device: {self.device}", *rows])
 
 
-class _Record:
+class Record:
     """What one call of an op chose. A new one for each call, and compared by identity,
     so that JAX never takes a call that is recorded from its caches of traces."""
 
-    choice: Choice | None = None
+    choice: Choice
+    call: Call | None = None  # As long as nothing has run.
 
 
-_records: contextvars.ContextVar[list[_Record] | None] = contextvars.ContextVar(
+_records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
     "jmx8_records", default=None
 )
 
@@ -130,15 +95,21 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Returns:
         An `Explanation`; `print` it.
     """
-    records: list[_Record] = []
+    records = trace(function, *args, **kwargs)
+    choices = collections.Counter(record.choice for record in records)
+    device = default_device()
+    return Explanation(f"{device.platform} ({device.device_kind})", dict(choices))
+
+
+def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
+    """Returns a record of each call of an op in `function`; see `explain`."""
+    records: list[Record] = []
     token = _records.set(records)
     try:
         eqx.filter_eval_shape(function, *args, **kwargs)
     finally:
         _records.reset(token)
-    choices = collections.Counter(r.choice for r in records if r.choice is not None)
-    device = default_device()
-    return Explanation(f"{device.platform} ({device.device_kind})", dict(choices))
+    return [record for record in records if record.call is not None]
 
 
 def select(
@@ -151,59 +122,72 @@ def select(
         NotImplementedError: If the named implementation cannot run these operands on
             this device.
     """
-    label = _label(op, operands)
-    names = [backend.name for backend in op.backends]
-    if implementation is not None and implementation not in names:
-        raise ValueError(
-            f"{op.name}: unknown implementation {implementation!r}; expected one of "
-            f"{names}, or None to choose."
-        )
+    label = describe_call(op, operands)
     passed_over = []
-    for backend in op.backends:
-        if implementation not in (None, backend.name):
-            continue
+    for backend in _candidates(op, implementation):
         problem = backend.unsupported(*operands, **options)
         if problem is None:
             reason = backend.reason if implementation is None else "asked for by name"
             return backend, Choice(label, backend.name, reason, tuple(passed_over))
         passed_over.append((backend.name, problem))
-    raise NotImplementedError(
-        f"{label}: implementation {implementation!r} cannot run: {passed_over[0][1]}. "
+    raise _cannot_run(label, implementation, passed_over[0][1])
+
+
+def _candidates(op: Op, implementation: str | None) -> tuple[Backend, ...]:
+    if implementation is None:
+        return op.backends
+    found = tuple(b for b in op.backends if b.name == implementation)
+    if not found:
+        raise ValueError(
+            f"{op.name}: unknown implementation {implementation!r}; expected one of "
+            f"{[backend.name for backend in op.backends]}, or None to choose."
+        )
+    return found
+
+
+def _cannot_run(label: str, implementation: str | None, problem: str) -> Exception:
+    return NotImplementedError(
+        f"{label}: implementation {implementation!r} cannot run: {problem}. "
         "Pass implementation=None to choose one that can."
     )
 
 
-def prepare(op: Op, options: Mapping[str, Any], *operands: Any) -> tuple[Any, ...]:
+def prepare(
+    op: Op, implementation: str | None, options: Mapping[str, Any], *operands: Any
+) -> tuple[Any, ...]:
     """Returns the operands with their weights as the backend that will run wants them.
 
     Args:
         op: The op.
-        options: Its static arguments.
+        implementation: Name of the backend to lay them out for; None for the first
+            that can run.
+        options: Static arguments of the op.
         *operands: As for `call`; all but the weights may be abstract.
+
+    Raises:
+        ValueError: If `implementation` is unknown.
+        NotImplementedError: If the named implementation cannot run these operands on
+            this device, however laid out.
     """
-    for backend in op.backends:
+    problem = None
+    for backend in _candidates(op, implementation):
+        problem = backend.unsupported(*operands, **options)
         if backend.prepare is None:
-            if backend.unsupported(*operands, **options) is None:
-                return operands
+            if problem is None:
+                return to_canonical(operands)
             continue
-        abstract = jax.eval_shape(backend.prepare, *operands)
-        if backend.unsupported(*abstract, **options) is None:
-            return eqx.filter_jit(backend.prepare)(*operands)
-    raise AssertionError(f"{op.name}: no backend takes canonical weights")
+        if problem is None:
+            return operands  # laid out already
+        lay_out = functools.partial(_lay_out, backend.prepare)
+        problem = backend.unsupported(*jax.eval_shape(lay_out, operands), **options)
+        if problem is None:
+            return eqx.filter_jit(_lay_out)(backend.prepare, operands)
+    assert problem is not None  # The last backend supports everything.
+    raise _cannot_run(describe_call(op, operands), implementation, problem)
 
 
-def _describe(operand: Any) -> str:
-    if operand is None:
-        return "None"
-    if isinstance(operand, MXArray):
-        return f"MXArray({operand.dtype.name}[{','.join(map(str, operand.shape))}])"
-    if is_prepared(operand):
-        return repr(operand)
-    return str(jax.typeof(operand))
-
-
-def _label(op: Op, operands: tuple[Any, ...]) -> str:
-    return f"{op.name}({', '.join(map(_describe, operands))})"
+def _lay_out(prepare: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    return prepare(*to_canonical(operands))
 
 
 def call(
@@ -222,9 +206,13 @@ def call(
     """
     record = None
     if (records := _records.get()) is not None:
-        record = _Record()
+        record = Record()
         records.append(record)
     return _call(op, implementation, tuple(options.items()), record, operands)
+
+
+def _abstract(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -281,17 +269,22 @@ def _is_differentiable(operand: Any) -> bool:
 
 
 def _make_vmappable(
-    op: Op, implementation: str | None, options: tuple, record: _Record | None
+    op: Op, implementation: str | None, options: tuple, record: Record | None
 ):
     @jax.custom_batching.custom_vmap
     def run(*operands):
         backend, choice = select(op, implementation, dict(options), *operands)
+        call = Call(op, backend, dict(options), _abstract(operands))
+        tactic = tuned_tactic(call)
+        tuned = {} if tactic is None else {"tactic": tactic}
         if record is not None:
             # Under vmap this is traced once for one element and once more folded; the
             # last trace is what runs.
-            record.choice = choice
+            reason = f"{choice.reason}; tuned: {tactic=}" if tuned else choice.reason
+            record.choice = dataclasses.replace(choice, reason=reason)
+            record.call = call
         with jax.named_scope(f"{op.name}[{backend.name}]"):
-            return backend.run(*operands, **dict(options))
+            return backend.run(*operands, **dict(options), **tuned)
 
     @run.def_vmap
     def rule(axis_size, in_batched, *operands):

@@ -56,6 +56,8 @@ _MATMUL_W8A8 = _dispatch.Op(
             flashinfer.matmul_w8a8,
             "multiplies MXFP8 by MXFP8 in the tensor cores",
             flashinfer.prepare_matmul,
+            flashinfer.matmul_tactics,
+            flashinfer.VERSION,
         ),
         _dispatch.xla_backend(xla_matmul.matmul_w8a8),
     ),
@@ -64,6 +66,7 @@ _MATMUL_W8A8 = _dispatch.Op(
 )
 
 OPS = (_MATMUL, _MATMUL_W8A8)
+W8A8_BACKENDS = tuple(backend.name for backend in _MATMUL_W8A8.backends)
 
 
 def mx_matmul(
@@ -118,19 +121,25 @@ def mx_matmul_w8a8(
     return _matmul(_MATMUL_W8A8, x, w, out_dtype, implementation)
 
 
-def prepare_matmul(w: MXArray | PreparedWeights, dtype: DTypeLike) -> Any:
+def prepare_matmul(
+    w: MXArray | PreparedWeights,
+    dtype: DTypeLike,
+    implementation: Implementation | None = None,
+) -> Any:
     """Returns the weight as the backend of `mx_matmul_w8a8` that will run wants it.
 
     Args:
-        w: `[*g, n, k]`; one that is laid out already is returned as it is.
+        w: `[*g, n, k]`; one that is laid out already is returned as it is if no
+            implementation is named.
         dtype: Dtype of the activations and of the result.
+        implementation: The backend to lay it out for; None for the first that can run.
     """
-    if isinstance(w, PreparedWeights):
+    if implementation is None and isinstance(w, PreparedWeights):
         return w
     *groups, _, k = w.shape
     x = jax.ShapeDtypeStruct((*groups, 1, k), dtype)
     options = {"out_dtype": jnp.dtype(dtype)}
-    return _dispatch.prepare(_MATMUL_W8A8, options, x, w)[1]
+    return _dispatch.prepare(_MATMUL_W8A8, implementation, options, x, w)[1]
 
 
 def _matmul(op, x, w, out_dtype, implementation):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,24 +25,57 @@ from . import _dispatch
 
 def _fold(axis_size, batched, x, w13, w2, ids, weights, w13_bias, w2_bias):
     """Folds a batch axis of the tokens into t, and one of the weights into e."""
-    operands = [x, w13, w2, ids, weights, w13_bias, w2_bias]
-    is_token = [True, False, False, True, True, False, False]
-    grouped = any(b and not t for b, t in zip(batched, is_token, strict=True))
     num_tokens, num_experts = x.shape[-2], w13.shape[-3]
-    for i, operand in enumerate(operands):
-        if operand is None or not (is_token[i] or grouped):
-            continue
-        fold = functools.partial(_merge_leading, axis_size, batched[i])
-        operands[i] = jax.tree.map(fold, operand)
-    if grouped:
-        # Element b of the batch has its experts from b * e on.
-        first = jnp.repeat(jnp.arange(axis_size) * num_experts, num_tokens)
-        ids = operands[3]
-        is_local = (ids >= 0) & (ids < num_experts)
-        operands[3] = jnp.where(is_local, ids + first[:, None].astype(ids.dtype), -1)
-    return tuple(operands), lambda out: out.reshape(
-        axis_size, num_tokens, out.shape[-1]
+    operands = (x, w13, w2, ids, weights, w13_bias, w2_bias)
+    is_token = (True, False, False, True, True, False, False)
+    (x, w13, w2, ids, *others), first_experts = merge_batch(
+        axis_size, batched, operands, is_token
     )
+    ids = shift_ids(ids, first_experts, num_experts)
+    unfold = lambda out: out.reshape(axis_size, num_tokens, out.shape[-1])
+    return (x, w13, w2, ids, *others), unfold
+
+
+def merge_batch(
+    axis_size: int,
+    batched: Sequence[bool],
+    operands: Sequence[Any],
+    is_token: Sequence[bool],
+) -> tuple[list[Any], Int[Array, " t"] | None]:
+    """Merges a batch axis of the tokens into t, and one of the weights into e.
+
+    Args:
+        axis_size: Size of the batch axis.
+        batched: Which operands have it, in front.
+        operands: The tokens `[t, h]`, w13, and others.
+        is_token: Which operands have the axis t, and not e, after it.
+
+    Returns:
+        The operands; and, if any weights have a batch axis, where each token's own
+        experts begin.
+    """
+    grouped = any(b and not t for b, t in zip(batched, is_token, strict=True))
+    merged = [
+        jax.tree.map(functools.partial(_merge_leading, axis_size, b), operand)
+        if t or grouped
+        else operand
+        for operand, b, t in zip(operands, batched, is_token, strict=True)
+    ]
+    if not grouped:
+        return merged, None
+    num_tokens, num_experts = operands[0].shape[-2], operands[1].shape[-3]
+    first_experts = jnp.arange(axis_size, dtype=jnp.int32) * num_experts
+    return merged, jnp.repeat(first_experts, num_tokens)
+
+
+def shift_ids(
+    ids: Int[Array, "t k"], first_experts: Int[Array, " t"] | None, num_experts: int
+) -> Int[Array, "t k"]:
+    """Counts ids in `[0, num_experts)` from the first of the token's own experts."""
+    if first_experts is None:
+        return ids
+    is_local = (ids >= 0) & (ids < num_experts)
+    return jnp.where(is_local, ids + first_experts[:, None].astype(ids.dtype), -1)
 
 
 def _merge_leading(axis_size, batched, a):
@@ -49,11 +83,16 @@ def _merge_leading(axis_size, batched, a):
     return a.reshape(axis_size * a.shape[1], *a.shape[2:])
 
 
-def _flashinfer_backend(
-    name: str, reason: str, kernel: flashinfer.MoEBackend
-) -> _dispatch.Backend:
+def flashinfer_backend(reason: str, kernel: flashinfer.MoEBackend) -> _dispatch.Backend:
+    """Returns the backend that one of FlashInfer's kernels is."""
     return _dispatch.Backend(
-        name, kernel.unsupported, kernel.run, reason, kernel.prepare
+        kernel.implementation,
+        kernel.unsupported,
+        kernel.run,
+        reason,
+        kernel.prepare,
+        kernel.tactics,
+        flashinfer.VERSION,
     )
 
 
@@ -64,13 +103,11 @@ _MOE = _dispatch.Op("mx_moe", (_dispatch.xla_backend(_XLA),), _fold, _XLA)
 _MOE_W8A8 = _dispatch.Op(
     "mx_moe_w8a8",
     (
-        _flashinfer_backend(
-            "flashinfer_cutlass",
+        flashinfer_backend(
             "multiplies MXFP8 by MXFP8 in the tensor cores",
             flashinfer.CUTLASS_MOE,
         ),
-        _flashinfer_backend(
-            "flashinfer_trtllm",
+        flashinfer_backend(
             "multiplies MXFP8 by MXFP8 in the tensor cores, with fetched kernels",
             flashinfer.TRTLLM_MOE,
         ),
@@ -81,6 +118,7 @@ _MOE_W8A8 = _dispatch.Op(
 )
 
 OPS = (_MOE, _MOE_W8A8)
+W8A8_BACKENDS = tuple(backend.name for backend in _MOE_W8A8.backends)
 
 
 def mx_moe(
@@ -196,20 +234,23 @@ def prepare_moe(
     activation: Activation,
     apply_router_weight_on_input: bool,
     dtype: DTypeLike,
+    implementation: Implementation | None = None,
 ) -> tuple[Any, ...]:
     """Returns the weights and biases as the backend of `mx_moe_w8a8` wants them.
 
     Args:
         w13: As for `mx_moe_w8a8`; weights that are laid out already, and their biases,
-            are returned as they are.
+            are returned as they are if no implementation is named.
         w2: The same.
         w13_bias: The same, or None.
         w2_bias: The same, or None.
         activation: Between the two matmuls.
         apply_router_weight_on_input: See `mx_moe`.
         dtype: Dtype of the tokens.
+        implementation: The backend to lay them out for; None for the first that can
+            run.
     """
-    if isinstance(w13, PreparedWeights):
+    if implementation is None and isinstance(w13, PreparedWeights):
         return w13, w2, w13_bias, w2_bias
     operands = (
         jax.ShapeDtypeStruct((1, w2.shape[1]), dtype),
@@ -224,7 +265,9 @@ def prepare_moe(
         "activation": activation,
         "apply_router_weight_on_input": apply_router_weight_on_input,
     }
-    _, w13, w2, _, _, *biases = _dispatch.prepare(_MOE_W8A8, options, *operands)
+    _, w13, w2, _, _, *biases = _dispatch.prepare(
+        _MOE_W8A8, implementation, options, *operands
+    )
     return w13, w2, *biases
 
 
@@ -243,9 +286,15 @@ def _moe(
     local_expert_offset,
     implementation,
 ):
-    _check_dtypes(op.name, x, topk_ids, topk_weights)
-    _check_shapes(op.name, x, w13, w2, topk_ids, topk_weights, activation)
-    _check_biases(op.name, w13, w2, w13_bias, w2_bias)
+    check_dtype(op.name, "x", x, jnp.floating)
+    check_dtype(op.name, "topk_ids", topk_ids, jnp.integer)
+    check_dtype(op.name, "topk_weights", topk_weights, jnp.floating)
+    check_weights(op.name, x, w13, w2, w13_bias, w2_bias, activation)
+    if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{op.name}: topk_ids and topk_weights must be [..., top_k] for x "
+            f"[..., h], got {x.shape=}, {topk_ids.shape=} and {topk_weights.shape=}."
+        )
     batch, top_k = topk_ids.shape[:-1], topk_ids.shape[-1]
     num_tokens = math.prod(batch)
     # Backends see ids relative to the first local expert.
@@ -269,19 +318,23 @@ def _moe(
     return out.reshape(x.shape)
 
 
-def _check_dtypes(name, x, topk_ids, topk_weights):
-    for label, a, kind in (
-        ("x", x, jnp.floating),
-        ("topk_ids", topk_ids, jnp.integer),
-        ("topk_weights", topk_weights, jnp.floating),
-    ):
-        if not jnp.issubdtype(a.dtype, kind):
-            raise TypeError(
-                f"{name}: {label} must have a {kind.__name__} dtype, got {a.dtype}."
-            )
+def check_dtype(name: str, label: str, a: Array, kind: Any) -> None:
+    if not jnp.issubdtype(a.dtype, kind):
+        raise TypeError(
+            f"{name}: {label} must have a {kind.__name__} dtype, got {a.dtype}."
+        )
 
 
-def _check_shapes(name, x, w13, w2, topk_ids, topk_weights, activation):
+def check_weights(
+    name: str,
+    x: Array,
+    w13: Any,
+    w2: Any,
+    w13_bias: Any,
+    w2_bias: Any,
+    activation: Activation,
+) -> None:
+    """Checks that tokens, weights and biases are those of one layer."""
     gated = is_gated(activation)
     if w13.ndim != 3 or w2.ndim != 3:
         raise ValueError(
@@ -297,14 +350,6 @@ def _check_shapes(name, x, w13, w2, topk_ids, topk_weights, activation):
         )
     if getattr(w13, "transposed", False) or getattr(w2, "transposed", False):
         raise ValueError(f"{name}: w13 and w2 must be quantized along their last axis.")
-    if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{name}: topk_ids and topk_weights must be [..., top_k] for x [..., h], "
-            f"got {x.shape=}, {topk_ids.shape=} and {topk_weights.shape=}."
-        )
-
-
-def _check_biases(name, w13, w2, w13_bias, w2_bias):
     for label, bias, w in (("w13_bias", w13_bias, w13), ("w2_bias", w2_bias, w2)):
         if bias is not None and bias.shape != w.shape[:2]:
             raise ValueError(

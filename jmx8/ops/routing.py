@@ -26,7 +26,7 @@ from ..kernels.xla_routing import RoutingMethod as RoutingMethod
 from . import _dispatch
 
 
-def _fold(axis_size, batched, logits, bias):
+def fold_routing(axis_size, batched, logits, bias):
     """Folds a batch axis into the tokens; a batched bias becomes one per token."""
     logits_batched, bias_batched = batched
     if not logits_batched:
@@ -47,7 +47,7 @@ def _fold(axis_size, batched, logits, bias):
 _ROUTE = _dispatch.Op(
     "route",
     (_dispatch.xla_backend(xla_routing.route),),
-    _fold,
+    fold_routing,
     xla_routing.route,
 )
 
@@ -97,12 +97,15 @@ def route(
         NotImplementedError: If the named implementation cannot run these operands.
     """
     num_experts = router_logits.shape[-1]
-    _check(num_experts, method, top_k, num_groups, topk_groups)
-    if correction_bias is not None and correction_bias.shape != (num_experts,):
-        raise ValueError(
-            f"route: correction_bias must have shape ({num_experts},), one value per "
-            f"expert, got {correction_bias.shape}."
-        )
+    check_routing(
+        "route",
+        num_experts,
+        correction_bias,
+        method=method,
+        top_k=top_k,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+    )
     options = {
         "method": method,
         "top_k": top_k,
@@ -119,20 +122,35 @@ def route(
     return topk_ids.reshape(*batch, top_k), topk_weights.reshape(*batch, top_k)
 
 
-def _check(num_experts, method, top_k, num_groups, topk_groups):
+def check_routing(
+    name: str,
+    num_experts: int,
+    correction_bias: Array | None,
+    *,
+    method: str,
+    top_k: int,
+    num_groups: int,
+    topk_groups: int,
+) -> None:
+    """Checks that the arguments of `route` fit together."""
     if method not in get_args(RoutingMethod):
         raise ValueError(
-            f"route: unknown method {method!r}; expected one of "
+            f"{name}: unknown method {method!r}; expected one of "
             f"{list(get_args(RoutingMethod))}."
         )
     if num_groups < 1 or num_experts % num_groups or not 1 <= topk_groups <= num_groups:
         raise ValueError(
-            f"route: num_groups must divide the number of experts and topk_groups be "
+            f"{name}: num_groups must divide the number of experts and topk_groups be "
             f"at most num_groups, got {num_experts=}, {num_groups=}, {topk_groups=}."
         )
     available = num_experts // num_groups * topk_groups
     if not 1 <= top_k <= available:
         raise ValueError(
-            f"route: top_k must be between 1 and the {available} experts that can be "
+            f"{name}: top_k must be between 1 and the {available} experts that can be "
             f"chosen, got {top_k=} with {num_experts=}, {num_groups=}, {topk_groups=}."
+        )
+    if correction_bias is not None and correction_bias.shape != (num_experts,):
+        raise ValueError(
+            f"{name}: correction_bias must have shape ({num_experts},), one value per "
+            f"expert, got {correction_bias.shape}."
         )
