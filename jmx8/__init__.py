@@ -17,10 +17,12 @@ from .convert import (
 from .generation import generate as generate, perplexity as perplexity
 from .nn import canonical as canonical, prepare as prepare
 from .ops._dispatch import explain as explain, Explanation as Explanation
+from .ops.autotune import autotune as autotune, Tuned as Tuned, Tuning as Tuning
 from .ops.matmul import mx_matmul as mx_matmul, mx_matmul_w8a8 as mx_matmul_w8a8
 from .ops.moe import (
     mx_moe as mx_moe,
     mx_moe_w8a8 as mx_moe_w8a8,
     SwiGLUOAI as SwiGLUOAI,
 )
+from .ops.routed_moe import mx_routed_moe_w8a8 as mx_routed_moe_w8a8
 from .ops.routing import route as route

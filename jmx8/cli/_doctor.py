@@ -14,6 +14,7 @@ from ..kernels.flashinfer import modules
 from ..ops._dispatch import Op
 from ..ops.matmul import OPS as MATMUL_OPS
 from ..ops.moe import OPS as MOE_OPS
+from ..ops.routed_moe import OPS as ROUTED_MOE_OPS
 from ..ops.routing import OPS as ROUTING_OPS
 
 
@@ -108,7 +109,8 @@ def _example_calls() -> list[tuple[Op, tuple[Any, ...], dict[str, Any]]]:
     mx = lambda *shape: jax.eval_shape(quantize, bf16(*shape))
     ids = jax.ShapeDtypeStruct((16, 2), jnp.int32)
     weights = jax.ShapeDtypeStruct((16, 2), jnp.float32)
-    moe = (bf16(16, 512), mx(8, 1024, 512), mx(8, 512, 512), ids, weights, None, None)
+    layer = (bf16(16, 512), mx(8, 1024, 512), mx(8, 512, 512))
+    moe = (*layer, ids, weights, None, None)
     moe_options = {"activation": "silu", "apply_router_weight_on_input": False}
     matmul = (bf16(16, 512), mx(1024, 512))
     routing = (bf16(16, 8), None)
@@ -120,10 +122,18 @@ def _example_calls() -> list[tuple[Op, tuple[Any, ...], dict[str, Any]]]:
         "topk_groups": 1,
         "scaling_factor": 1.0,
     }
+    routed_moe = (*layer, *routing, None, None, None)
+    routed_moe_options = {
+        **routing_options,
+        "activation": "silu",
+        "local_expert_offset": 0,
+        "num_local_experts": 8,
+    }
     return [
         *((op, matmul, {"out_dtype": jnp.dtype(jnp.bfloat16)}) for op in MATMUL_OPS),
         *((op, routing, routing_options) for op in ROUTING_OPS),
         *((op, moe, moe_options) for op in MOE_OPS),
+        *((op, routed_moe, routed_moe_options) for op in ROUTED_MOE_OPS),
     ]
 
 
