@@ -53,6 +53,16 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
         _replace(path, lambda partial: partial.write_bytes(data))
 
 
+def update_whole(path: pathlib.Path, change: Callable[[bytes | None], bytes]) -> None:
+    """Writes what `change` makes of a file's bytes, None if there is no file.
+
+    Of several processes that change it, each sees what the one before it wrote.
+    """
+    with lock(path):
+        data = change(path.read_bytes() if path.exists() else None)
+        _replace(path, lambda partial: partial.write_bytes(data))
+
+
 def make_once(
     path: pathlib.Path, make: Callable[[pathlib.Path], object]
 ) -> pathlib.Path:

@@ -107,6 +107,15 @@ def runner(
     )
 
 
+def tactics(
+    capability: modules.Capability, out_dtype: DTypeLike, deterministic: bool = True
+) -> tuple[range, range]:
+    """Returns the tactics that `moe_w8a8` has for its two matmuls."""
+    run = runner(capability, out_dtype, deterministic)
+    first = run["get_gemm1_tactic_count"]()
+    return range(first), range(first, first + run["get_gemm2_tactic_count"]())
+
+
 @functools.cache
 def _kernel(
     capability: modules.Capability, out_dtype: DTypeLike, deterministic: bool
