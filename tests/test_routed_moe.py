@@ -50,6 +50,12 @@ def run(layer, **kwargs):
     return mx_routed_moe_w8a8(*operands, **kwargs)
 
 
+def jitted(layer, **kwargs):
+    return jax.jit(lambda layer: run(layer, **kwargs))(layer)
+
+
+ROWS = ("x", "router_logits")
+
 # What families of models route by, and what none does.
 ROUTINGS: list[dict[str, Any]] = [
     {"method": "softmax"},
@@ -117,7 +123,7 @@ def test_routing_weights_are_bfloat16():
     layer = make_layer(dtype=jnp.float32)
     layer["w2_bias"] = jnp.zeros((E, H)).at[:, 0].set(1.0)
     layer["w2"] = quantize(jnp.zeros((E, H, I)))  # so that the output is the weights
-    out = jax.jit(lambda: run(layer, top_k=1, renormalize=False))()[:, 0]
+    out = jitted(layer, top_k=1, renormalize=False)[:, 0]
     _, weights = route(
         layer["router_logits"],
         "softmax",
@@ -138,20 +144,19 @@ def test_correction_bias_is_bfloat16_where_there_are_groups(num_groups):
     layer["correction_bias"] = jnp.zeros(E).at[2:4].set(jnp.array([1.0, 1 + 2**-12]))
     layer["w2_bias"] = jnp.tile(jnp.arange(E, dtype=jnp.float32)[:, None], (1, H))
     layer["w2"] = quantize(jnp.zeros((E, H, I)))  # so that the output is the expert
-    out = run(layer, method="sigmoid", top_k=1, num_groups=num_groups, topk_groups=1)
+    routing = {"method": "sigmoid", "num_groups": num_groups}
+    out = jitted(layer, top_k=1, topk_groups=1, **routing)
     assert_bits_equal(out, jnp.full((T, H), 2.0 if num_groups > 1 else 3.0))
 
 
 def test_leading_axes_are_tokens_and_there_may_be_none():
     layer = make_layer(num_tokens=6)
-    out = run(layer)
-    for shape in ((2, 3), (6, 1)):
-        rows = {n: layer[n].reshape(*shape, -1) for n in ("x", "router_logits")}
-        assert_bits_equal(run(layer | rows).reshape(6, H), out)
-    first = {n: layer[n][0] for n in ("x", "router_logits")}
-    assert_close(run(layer | first), out[0])
-    none = {n: layer[n][:0] for n in ("x", "router_logits")}
-    assert run(layer | none).shape == (0, H)
+    out = jitted(layer)
+    rows = lambda *shape: {n: layer[n].reshape(*shape, -1) for n in ROWS}
+    assert_bits_equal(jitted(layer | rows(2, 3)).reshape(6, H), out)
+    assert_close(jitted(layer | {n: layer[n][0] for n in ROWS}), out[0])
+    none = layer | {n: layer[n].reshape(2, 3, -1)[:, :0] for n in ROWS}
+    assert jitted(none).shape == (2, 0, H)
 
 
 def shard(layer, experts):
@@ -160,55 +165,56 @@ def shard(layer, experts):
     return layer | {name: part(layer[name]) for name in names}
 
 
+stack = lambda *layers: jax.tree.map(lambda *a: jnp.stack(a), *layers)
+
+
 def test_expert_parallel_shards_add_up():
     layer = make_layer(dtype=jnp.float32)
-    whole = run(layer)
-    offsets = (0, 3)
-    shards = [shard(layer, slice(0, 3)), shard(layer, slice(3, 8))]
-    parts = [
-        run(s, local_expert_offset=o) for s, o in zip(shards, offsets, strict=True)
-    ]
-    assert all(np.any(np.asarray(part)) for part in parts)
-    np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=1e-5)
-    # Devices of a mesh differ in their offset, which is a constant of each branch.
     halves = [shard(layer, slice(o, o + 4)) for o in (0, 4)]
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *halves)
+    # Devices of a mesh differ in their offset, which is a constant of each branch.
     branches = [lambda half, o=o: run(half, local_expert_offset=o) for o in (0, 4)]
-    part = jax.jit(
-        lambda i: jax.lax.switch(i, branches, jax.tree.map(lambda a: a[i], stacked))
-    )
-    np.testing.assert_allclose(part(0) + part(1), whole, rtol=0, atol=1e-5)
+    part = jax.jit(lambda i, half: jax.lax.switch(i, branches, half))
+    parts = [part(i, half) for i, half in enumerate(halves)]
+    assert all(np.any(np.asarray(part)) for part in parts)
+    np.testing.assert_allclose(sum(parts), jitted(layer), rtol=0, atol=1e-5)
 
 
 def test_vmap_over_tokens_is_one_call():
     layer = make_layer()
     one = lambda x, logits: run(layer | {"x": x, "router_logits": logits})
-    args = (layer["x"], layer["router_logits"])
-    assert_close(jax.vmap(one)(*args), run(layer))
+    args = [layer[name] for name in ROWS]
+    assert_close(jax.jit(jax.vmap(one))(*args), jitted(layer))
     count = lambda f: str(jax.make_jaxpr(f)(*args)).count("dot_general")
     assert count(jax.vmap(one)) == count(one) == 2
+
+
+def test_vmap_over_correction_biases():
+    layer = make_layer()
     biases = jnp.stack([layer["correction_bias"], -layer["correction_bias"]])
-    out = jax.vmap(lambda b: run(layer, correction_bias=b))(biases)
+    one = jax.jit(lambda bias: run(layer, correction_bias=bias))
+    out = jax.jit(jax.vmap(one))(biases)
     for got, bias in zip(out, biases, strict=True):
-        assert_close(got, run(layer, correction_bias=bias))
+        assert_close(got, one(bias))
     assert np.any(out[0] != out[1])
 
 
 def test_vmap_over_layers_gives_each_its_own_experts():
     layers = [shard(make_layer(seed), slice(2, 6)) for seed in (0, 10, 20, 30)]
-    stack = lambda *layers: jax.tree.map(lambda *a: jnp.stack(a), *layers)
-    function = lambda layer: run(layer, local_expert_offset=2)
-    out = jax.vmap(function)(stack(*layers))
-    for got, layer in zip(out, layers, strict=True):
-        assert_close(got, function(layer))
+    function = jax.jit(lambda layer: run(layer, local_expert_offset=2))
+    expected = [function(layer) for layer in layers]
+    out = jax.jit(jax.vmap(function))(stack(*layers))
     nested = stack(stack(*layers[:2]), stack(*layers[2:]))
-    assert_bits_equal(jax.vmap(jax.vmap(function))(nested).reshape(out.shape), out)
-    weights = {name: stack(*(l[name] for l in layers)) for name in ("w13", "w2")}
-    shared = lambda w: function(layers[0] | w)
-    assert_close(
-        jax.vmap(shared)(weights)[1],
-        shared({name: layers[1][name] for name in ("w13", "w2")}),
-    )
+    nested_out = jax.jit(jax.vmap(jax.vmap(function)))(nested)
+    assert_bits_equal(nested_out.reshape(out.shape), out)
+    for got, want in zip(out, expected, strict=True):
+        assert_close(got, want)
+    # The same tokens, logits and biases for the weights of all layers.
+    names = ("w13", "w2")
+    shared = jax.vmap(lambda weights: function(layers[0] | weights))
+    weights = [{name: layer[name] for name in names} for layer in layers[:2]]
+    out = jax.jit(shared)(stack(*weights))
+    assert_close(out[0], expected[0])
+    assert_close(out[1], function(layers[0] | weights[1]))
 
 
 def test_gradients_are_those_of_unrounded_routing_and_experts():
