@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from jmx8 import dequantize, route, SwiGLUOAI
+from jmx8 import canonical, dequantize, route, SwiGLUOAI
 from jmx8.nn import _moe, Experts, MXExperts
 from tests.hf_moe import (
     correction_bias,
@@ -180,9 +180,8 @@ def test_converted_experts_compute_with_the_values_that_they_store(name):
     layer = sparse_moe(name)
     assert isinstance(layer.experts, Experts)
     converted = MXExperts.from_experts(layer.experts, activations="bf16")
-    stored = _with_experts(w13=dequantize(converted.w13), w2=dequantize(converted.w2))(
-        layer
-    )
+    values = [dequantize(canonical(w)) for w in (converted.w13, converted.w2)]
+    stored = _with_experts(w13=values[0], w2=values[1])(layer)
     expected = _forward(stored, _tokens())
     actual = _forward(dataclasses.replace(layer, experts=converted), _tokens())
     assert _error(actual, expected) <= TOLERANCE

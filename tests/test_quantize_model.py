@@ -60,7 +60,7 @@ def with_dequantized_weights(model):
             return eqx.tree_at(
                 where,
                 linear,
-                (jmx8.dequantize(node.weight), node.bias),
+                (jmx8.dequantize(jmx8.canonical(node.weight)), node.bias),
                 is_leaf=lambda x: x is None,
             )
         return node

@@ -17,6 +17,7 @@ from .._mx_array import MXArray, set_matmul
 from .._types import Implementation
 from ..kernels import xla_matmul
 from ..kernels._prepared import PreparedWeights
+from ..kernels.cutile import dense as cutile
 from ..kernels.flashinfer import backends as flashinfer
 from . import _dispatch
 
@@ -42,7 +43,15 @@ def _fold(axis_size, batched, x, w):
 
 _MATMUL = _dispatch.Op(
     "mx_matmul",
-    (_dispatch.xla_backend(xla_matmul.matmul),),
+    (
+        _dispatch.Backend(
+            "flashinfer_cutile",
+            cutile.unsupported,
+            cutile.run,
+            "widens the weights in registers",
+        ),
+        _dispatch.xla_backend(xla_matmul.matmul),
+    ),
     _fold,
     xla_matmul.matmul,
 )
@@ -71,7 +80,7 @@ W8A8_BACKENDS = tuple(backend.name for backend in _MATMUL_W8A8.backends)
 
 def mx_matmul(
     x: Float[Array, "*batch k"],
-    w: MXArray,
+    w: MXArray | PreparedWeights,
     *,
     out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,

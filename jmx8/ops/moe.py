@@ -13,6 +13,7 @@ from .._mx_array import MXArray
 from .._types import Implementation
 from ..kernels import xla_moe
 from ..kernels._prepared import PreparedWeights
+from ..kernels.cutile import moe as cutile
 from ..kernels.flashinfer import backends as flashinfer
 from ..kernels.xla_activation import (
     Activation as Activation,
@@ -99,7 +100,20 @@ def flashinfer_backend(reason: str, kernel: flashinfer.MoEBackend) -> _dispatch.
 _XLA = functools.partial(xla_moe.moe, quantize_activations=False)
 _XLA_W8A8 = functools.partial(xla_moe.moe, quantize_activations=True)
 
-_MOE = _dispatch.Op("mx_moe", (_dispatch.xla_backend(_XLA),), _fold, _XLA)
+_MOE = _dispatch.Op(
+    "mx_moe",
+    (
+        _dispatch.Backend(
+            "flashinfer_cutile",
+            cutile.unsupported,
+            cutile.run,
+            "widens the weights in registers",
+        ),
+        _dispatch.xla_backend(_XLA),
+    ),
+    _fold,
+    _XLA,
+)
 _MOE_W8A8 = _dispatch.Op(
     "mx_moe_w8a8",
     (
