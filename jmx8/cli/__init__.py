@@ -175,6 +175,10 @@ def build_kernels_command(
         list[str],
         typer.Option(help="Build only this; repeatable. Default: what the ops use."),
     ] = [],  # noqa: B006
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder to build the cuTile kernels for."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at a time.")
     ] = None,
@@ -184,7 +188,7 @@ def build_kernels_command(
     What is built lands in the cache (JMX8_CACHE_DIR, else ~/.cache/jmx8). A machine
     that has this folder needs no compiler, neither FlashInfer nor torch.
     """
-    raise typer.Exit(build_kernels(arch, module, jobs))
+    raise typer.Exit(build_kernels(arch, module, jobs, model=model))
 
 
 @app.command()

@@ -1,10 +1,16 @@
 """`jmx8 build-kernels`: compiles kernels ahead, for machines with no compiler."""
 
+import functools
+import itertools
+import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from ..checkpoint.folder import open_folder
 from ..kernels._buildable import Buildable
+from ..kernels.cutile import ahead
 from ..kernels.flashinfer.modules import arch_of, BUILDABLES, parse_arch
+from ..models import Qwen3Config
 from ._console import err, out
 
 
@@ -13,6 +19,7 @@ def build_kernels(
     names: Sequence[str] = (),
     jobs: int | None = None,
     buildables: Sequence[Buildable] = BUILDABLES,
+    model: pathlib.Path | None = None,
 ) -> int:
     """Builds what is not built yet, and prints where each is and how long it took.
 
@@ -21,6 +28,7 @@ def build_kernels(
         names: What to build; what jmx8's ops use on that device, if empty.
         jobs: How many compilers run at a time.
         buildables: What there is to build.
+        model: Checkpoint folder of a model whose sizes to build cuTile kernels for.
 
     Returns:
         The exit code: 1 if something could not be built. The rest still is.
@@ -31,6 +39,8 @@ def build_kernels(
     """
     capability = parse_arch(arch)
     arch = arch_of(capability)
+    if model is not None:
+        buildables = (*buildables, _cutile(model))
     there = {b.name: b for b in buildables if capability in b.capabilities}
     if unknown := [name for name in names if name not in there]:
         raise ValueError(
@@ -41,9 +51,44 @@ def build_kernels(
         buildable for buildable in there.values() if buildable.by_default
     ]
     if not wanted:
-        raise ValueError(f"no op of jmx8 uses a kernel that is built for {arch}.")
+        raise ValueError(
+            f"no op of jmx8 uses a kernel that is built for {arch} whatever the model; "
+            "cuTile's, for 8.9, 9.0 and 12.x, need --model FOLDER."
+        )
     width = max(len(buildable.name) for buildable in wanted)
     return max([_build(buildable, arch, jobs, width) for buildable in wanted])
+
+
+def _cutile(folder: pathlib.Path) -> Buildable:
+    """Returns the cuTile kernels of a model: they are compiled for its sizes."""
+    config = Qwen3Config.from_hf(open_folder(folder).config)
+
+    @functools.cache
+    def cubins(arch: str) -> tuple[ahead.Cubin, ...]:
+        shapes = sorted(set(_linear_shapes(config)))
+        found = [ahead.dense_cubins(arch, n, k) for n, k in shapes]
+        if config.num_experts:
+            layer = (
+                config.num_experts,
+                config.num_experts_per_tok,
+                config.hidden_size,
+                config.moe_intermediate_size,
+            )
+            found.append(ahead.moe_cubins(arch, *layer))
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+    return ahead.buildable("cutile", cubins)
+
+
+def _linear_shapes(config: Qwen3Config) -> Iterator[tuple[int, int]]:
+    """Yields `[n, k]` of the model's linear layers that are converted."""
+    hidden, head = config.hidden_size, config.head_dim
+    yield config.num_attention_heads * head, hidden
+    yield config.num_key_value_heads * head, hidden
+    yield hidden, config.num_attention_heads * head
+    if not config.num_experts or config.mlp_only_layers:
+        yield config.intermediate_size, hidden
+        yield hidden, config.intermediate_size
 
 
 def _build(buildable: Buildable, arch: str, jobs: int | None, width: int) -> int:
