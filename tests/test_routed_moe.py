@@ -31,13 +31,19 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
-def make_layer(seed=0, num_tokens=T, dtype=jnp.bfloat16):
+def make_layer(seed=0, dtype=jnp.bfloat16):
     """Returns tokens, weights, logits, a correction bias and the biases."""
+    layer = _make_layer(seed)
+    return layer | {"x": layer["x"].astype(dtype)}
+
+
+@jax.jit
+def _make_layer(seed):
     return {
-        "x": normal(seed, num_tokens, H, dtype=dtype),
+        "x": normal(seed, T, H),
         "w13": quantize(normal(seed + 1, E, 2 * I, H) / 8),
         "w2": quantize(normal(seed + 2, E, H, I) / 8),
-        "router_logits": normal(seed + 3, num_tokens, E, dtype=jnp.float32),
+        "router_logits": normal(seed + 3, T, E, dtype=jnp.float32),
         "correction_bias": normal(seed + 4, E, dtype=jnp.float32) / 8,
         "w13_bias": normal(seed + 5, E, 2 * I),
         "w2_bias": normal(seed + 6, E, H),
@@ -95,11 +101,11 @@ def route_one(logits, bias, method, *, renormalize=True, num_groups=1, **others)
 @named
 def test_matches_a_loop_over_tokens(routing):
     layer = make_layer() | routing
-    f64 = lambda a: None if a is None else np.asarray(a, np.float64)
-    x, logits, bias, b13, b2 = (
-        f64(layer[name])
-        for name in ("x", "router_logits", "correction_bias", "w13_bias", "w2_bias")
-    )
+    f64 = lambda a: np.asarray(a, np.float64)
+    names = ("x", "router_logits", "w13_bias", "w2_bias")
+    x, logits, b13, b2 = (f64(layer[name]) for name in names)
+    bias = layer["correction_bias"]
+    bias = None if bias is None else f64(bias)
     w13, w2 = (f64(dequantize(layer[name])) for name in ("w13", "w2"))
     others = {
         k: v for k, v in routing.items() if k not in ("method", "correction_bias")
@@ -150,13 +156,13 @@ def test_correction_bias_is_bfloat16_where_there_are_groups(num_groups):
 
 
 def test_leading_axes_are_tokens_and_there_may_be_none():
-    layer = make_layer(num_tokens=6)
+    layer = make_layer()
     out = jitted(layer)
-    rows = lambda *shape: {n: layer[n].reshape(*shape, -1) for n in ROWS}
-    assert_bits_equal(jitted(layer | rows(2, 3)).reshape(6, H), out)
+    rows = {name: layer[name].reshape(3, 3, -1) for name in ROWS}
+    assert_bits_equal(jitted(layer | rows).reshape(T, H), out)
     assert_close(jitted(layer | {n: layer[n][0] for n in ROWS}), out[0])
-    none = layer | {n: layer[n].reshape(2, 3, -1)[:, :0] for n in ROWS}
-    assert jitted(none).shape == (2, 0, H)
+    none = {name: rows[name][:, :0] for name in ROWS}
+    assert jitted(layer | none).shape == (3, 0, H)
 
 
 def shard(layer, experts):

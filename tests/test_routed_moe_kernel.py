@@ -63,12 +63,12 @@ def run_kernel(*arguments):
 def in_order(given, name, gated):
     """Returns weights and biases with their rows as they were before the shuffle."""
     elements, scales = e4m3(given[name]), host(given[f"{name}_scales"])
-    rows = elements.shape[1]
-    order = layouts._trtllm_order(gated)(rows)
+    order_of = layouts._trtllm_order(gated)
+    assert order_of is not None
     arranged = np.stack([wide(*w) for w in zip(elements, scales, strict=True)])
     bias = given[f"{name}_bias"]
     bias = np.zeros(arranged.shape[:2]) if bias is None else host(bias)
-    back = np.argsort(order)
+    back = np.argsort(order_of(elements.shape[1]))
     return arranged[:, back], bias[:, back].astype(np.float64)
 
 
@@ -151,7 +151,7 @@ def run(experts, x, logits, **kwargs):
     )
 
 
-FOR_KERNEL = {"implementation": "flashinfer_trtllm"}
+FOR_KERNEL: dict[str, Any] = {"implementation": "flashinfer_trtllm"}
 BIAS = normal(3, 12, dtype=jnp.float32) / 8
 ROUTINGS: dict[str, dict[str, Any]] = {
     "DEFAULT": {"renormalize": False},
