@@ -11,6 +11,7 @@ import pytest
 
 from jmx8 import quantize
 from jmx8.kernels.cutile import _backend, _cubins, _launch, ahead, dense, moe
+from jmx8.kernels.flashinfer import _version
 
 from .test_cutile import moe_operands, MOE_OPTIONS
 
@@ -26,7 +27,7 @@ def reason_of(unsupported, *operands):
 def hopper(monkeypatch):
     """Makes the backends believe in an H200."""
     monkeypatch.setattr("jmx8._device.compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(_cubins, "version_of", lambda package: "1.7.0")
+    monkeypatch.setattr(_version, "installed_version", lambda package: "1.7.0")
 
 
 @pytest.fixture
@@ -68,14 +69,14 @@ class TestCache:
             _cubins.load(self.cubin())
 
     @pytest.mark.parametrize(
-        ("versions", "reason"),
+        ("version", "reason"),
         [
-            ({}, "flashinfer-python is not installed"),
-            ({"flashinfer-python": "0.8.0"}, r"0\.8\.0 is installed.*known in 0\.7\.2"),
+            (None, "FlashInfer is not installed"),
+            ("0.8.0", r"0\.8\.0 is installed and jmx8 works with 0\.7\.2"),
         ],
     )
-    def test_why_not_compile(self, versions, reason, monkeypatch):
-        monkeypatch.setattr(_cubins, "version_of", versions.get)
+    def test_why_not_compile(self, version, reason, monkeypatch):
+        monkeypatch.setattr(_version, "installed_version", lambda *_: version)
         assert re.search(reason, _cubins.why_not_compile() or "")
 
 
@@ -89,7 +90,7 @@ class TestUnsupported:
         assert "compute capability 8.9, 9.0" in self.why_not_dense(4)
 
     def test_cuda_tile_missing(self, hopper, monkeypatch):
-        monkeypatch.setattr(_cubins, "version_of", lambda package: None)
+        monkeypatch.setattr(_version, "installed_version", lambda *_: None)
         assert "cuda-tile" in self.why_not(*moe_operands())
 
     def test_operands(self, hopper):

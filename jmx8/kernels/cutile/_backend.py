@@ -21,7 +21,9 @@ def why_not_here() -> str | None:
     capability = _device.compute_capability()
     if capability not in ARCHES:
         device = _device.default_device()
-        found = device.device_kind if capability is None else f"{capability}"
+        found = device.device_kind
+        if capability is not None:
+            found = ".".join(map(str, capability))
         return (
             "FlashInfer's cuTile kernels need compute capability 8.9, 9.0, 12.0 or "
             f"12.1, and this device is {found}"
@@ -38,8 +40,8 @@ def why_not_built(cubins: Iterable[Cubin]) -> str | None:
     return (
         f"{len(missing)} of its kernels are not compiled for this device "
         f"({_cubins.summary(missing)}) and cannot be compiled here, because {problem}; "
-        f"`jmx8 build-kernels --arch {arch[0]}.{arch[1]}` compiles them on a machine "
-        "that has FlashInfer and tileiras"
+        f"`jmx8 build-kernels --arch {arch[0]}.{arch[1]} --model FOLDER` compiles them "
+        "on a machine that has jmx8[build-cutile]"
     )
 
 

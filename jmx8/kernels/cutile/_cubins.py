@@ -6,7 +6,6 @@ that a process that computes imports none of them.
 
 import collections
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -19,7 +18,7 @@ import tempfile
 from collections.abc import Iterable
 
 from .. import _cache
-from ._kernels import FLASHINFER_VERSION
+from ..flashinfer import _version
 from ._launch import Cubin
 
 
@@ -28,17 +27,10 @@ TUNED_COMPILER = "13.3.36"
 
 
 @functools.cache  # Looked up for every launch that is traced.
-def version_of(package: str) -> str | None:
-    """Returns the installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def folder(arch: str) -> pathlib.Path:
     """Returns where the compiled kernels for `arch` are kept."""
-    versions = f"flashinfer-{FLASHINFER_VERSION}-cuda-tile-{version_of('cuda-tile')}"
+    cuda_tile = _version.installed_version("cuda-tile")
+    versions = f"flashinfer-{_version.TESTED}-cuda-tile-{cuda_tile}"
     return _cache.cache_folder("cutile", versions, arch)
 
 
@@ -63,21 +55,15 @@ def missing(cubins: Iterable[Cubin]) -> list[Cubin]:
 
 def why_not_launch() -> str | None:
     """Returns why compiled kernels cannot be launched here, or None."""
-    if version_of("cuda-tile") is None:
+    if _version.installed_version("cuda-tile") is None:
         return "cuda-tile, which launches the kernels, is not installed"
     return None
 
 
 def why_not_compile() -> str | None:
     """Returns why kernels cannot be compiled here, or None."""
-    version = version_of("flashinfer-python")
-    if version is None:
-        return "flashinfer-python is not installed"
-    if version != FLASHINFER_VERSION:
-        return (
-            f"flashinfer-python {version} is installed, and its cuTile kernels are "
-            f"known in {FLASHINFER_VERSION} only"
-        )
+    if problem := _version.version_problem():
+        return problem
     for package in ("torch", "cuda.tile"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
@@ -88,7 +74,8 @@ def why_not_compile() -> str | None:
 
 def _tileiras() -> str | None:
     """Returns the compiler's path: as a package, on the PATH, or in CUDA_HOME."""
-    if version_of("nvidia-cuda-tileiras") and importlib.util.find_spec("nvidia.cu13"):
+    has_package = _version.installed_version("nvidia-cuda-tileiras") is not None
+    if has_package and importlib.util.find_spec("nvidia.cu13"):
         folders = importlib.import_module("nvidia.cu13").__path__
         if found := shutil.which("tileiras", path=os.path.join(folders[0], "bin")):
             return found

@@ -7,8 +7,6 @@ compares every declaration with the function itself.
 from ._launch import Constant, In, Kernel, Out, Parameter, Scalar, Unused
 
 
-FLASHINFER_VERSION = "0.7.2.post1"
-
 _INT, _FLOAT, _BOOL = Constant(int), Constant(float), Constant(bool)
 
 
