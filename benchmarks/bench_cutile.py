@@ -14,7 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _timing import copy_bandwidth, describe_run, markdown_table, median_seconds
+from _timing import (
+    copy_bandwidth,
+    describe_run,
+    markdown_table,
+    matmul_rate,
+    median_seconds,
+)
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 from tune_cutile import kernel_times, quantized
 
@@ -216,9 +222,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 64, 256, 1024])
     args = parser.parse_args()
     copy = copy_bandwidth(1 << 30)
-    size = 8192
-    square = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    rate = 2 * size**3 / median_seconds(jax.jit(lambda a: a @ a), square, calls=5)
+    rate = matmul_rate(8192)
     print(
         f"{describe_run()}\n\ncopy {copy / 1e12:.2f} TB/s, bf16 matmul "
         f"{rate / 1e12:.0f} TFLOP/s\n",
