@@ -259,6 +259,7 @@ def test_experts_say_why_not(claim, changes, cutlass, trtllm):
         (Routing("sigmoid", 33, has_bias=True), 896, "MINIMAX2 is compiled for"),
         (Routing("sigmoid", 8, True, 8, 4, 2.5, True), 256, None),
         (Routing("sigmoid", 8, True, 16, 4, 2.5, True), 256, "at most 8 groups"),
+        (Routing("sigmoid", 2, True, 8, 4), 8, "groups of 2 to 32 experts"),
         (Routing("sigmoid", 8, True, 8, 5, 2.5, True), 256, "at most 4 groups kept"),
         (Routing("sigmoid", 8, True, 8, 1, 2.5, True), 64, "more experts in them"),
         (Routing("sigmoid", 8, True, 4, 2, 2.5, True), 256, "of at most 32 experts"),

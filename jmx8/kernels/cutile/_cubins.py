@@ -26,7 +26,6 @@ from ._launch import Cubin
 TUNED_COMPILER = "13.3.36"
 
 
-@functools.cache  # Looked up for every launch that is traced.
 def folder(arch: str) -> pathlib.Path:
     """Returns where the compiled kernels for `arch` are kept."""
     cuda_tile = _version.installed_version("cuda-tile")
@@ -68,7 +67,9 @@ def why_not_compile() -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     if _tileiras() is None:
-        return "tileiras, the compiler, is not installed"
+        return (
+            "tileiras, the compiler, is not installed: `pip install jmx8[build-cutile]`"
+        )
     return None
 
 

@@ -1,6 +1,7 @@
 """Routing inside `trtllm_fp8_block_scale_moe`: which of its methods is which of ours.
 
-The kernel's weights are bfloat16; those of `ops.routing.route` are float32.
+The kernel's weights are bfloat16, and with groups its correction bias is too; those of
+`ops.routing.route` are float32.
 """
 
 import enum
@@ -117,10 +118,11 @@ def limits(method: RoutingMethodType, routing: Routing, experts: int) -> str | N
 def _group_limits(routing: Routing, experts: int) -> str | None:
     top_k, groups, kept = routing.top_k, routing.num_groups, routing.topk_groups
     size = experts // groups
-    fits = groups <= 8 and size <= 32 and kept <= 4 and top_k < kept * size
+    # A group counts as much as its two best experts: with one, all would tie.
+    fits = groups <= 8 and 2 <= size <= 32 and kept <= 4 and top_k < kept * size
     if groups > 1 and not fits:
         return (
-            "trtllm_fp8_block_scale_moe needs at most 8 groups of at most 32 experts, "
+            "trtllm_fp8_block_scale_moe needs at most 8 groups of 2 to 32 experts, "
             "at most 4 groups kept, and more experts in them than top_k, got "
             f"{experts=}, {groups=}, topk_groups={kept}, {top_k=}"
         )
