@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from jmx8 import quantize
+from jmx8.kernels._prepared import prepare_weights
 from jmx8.kernels.cutile import _backend, _cubins, _launch, ahead, dense, moe
-from jmx8.kernels.flashinfer import _version
+from jmx8.kernels.flashinfer import _version, prepare
 
 from .test_cutile import moe_operands, MOE_OPTIONS
 
@@ -106,6 +107,15 @@ class TestUnsupported:
             quantize, jax.ShapeDtypeStruct((4, 64, 100), jnp.bfloat16)
         )
         assert "multiple of 32" in self.why_not(x, w13, padded, ids, weights)
+
+    def test_weights_of_another_layout(self, hopper):
+        w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((64, 64), jnp.bfloat16))
+        layout = prepare.dense_cutlass()
+        w = jax.eval_shape(lambda w: prepare_weights(w, layout), w)
+        x = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
+        options = {"out_dtype": jnp.dtype(jnp.bfloat16)}
+        reason = reason_of(functools.partial(dense.unsupported, **options), x, w)
+        assert "laid out for mxfp8_gemm" in reason
 
     def test_kernels_not_compiled(self, hopper, cache, monkeypatch):
         monkeypatch.setattr(_cubins, "why_not_compile", lambda: "it is Sunday")

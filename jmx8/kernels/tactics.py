@@ -19,10 +19,17 @@ _log = logging.getLogger("jmx8")
 
 Tactic = tuple[Any, ...]
 
+_num_stores = 0
+
 
 def path() -> pathlib.Path:
     """Returns where the table is, which need not exist yet."""
     return cache_folder("tactics.json")
+
+
+def version() -> tuple[pathlib.Path, int]:
+    """Returns what changes whenever `lookup` may answer otherwise than before."""
+    return path(), _num_stores
 
 
 def lookup(key: str) -> Tactic | None:
@@ -49,8 +56,10 @@ def store(tactics: Mapping[str, Tactic]) -> pathlib.Path:
         text = json.dumps({**known, **tactics}, indent=1, sort_keys=True)
         return f"{text}\n".encode()
 
+    global _num_stores
     update_whole(table, change)
     _read.cache_clear()
+    _num_stores += 1
     return table
 
 

@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from .._device import default_device
 from .._mx_array import MXArray
+from ..kernels import tactics
 from ..kernels._prepared import to_canonical
 from ._backend import Backend as Backend, Call as Call, describe_call, Op as Op
 from ._tactics import tuned_tactic
@@ -208,7 +209,15 @@ def call(
     if (records := _records.get()) is not None:
         record = Record()
         records.append(record)
-    return _call(op, implementation, tuple(options.items()), record, operands)
+    trace = _Trace(record, tactics.version())
+    return _call(op, implementation, tuple(options.items()), trace, operands)
+
+
+class _Trace(NamedTuple):
+    """What a trace depends on besides its arguments, for JAX keeps traces."""
+
+    record: Record | None
+    tactics: Hashable
 
 
 def _abstract(operands: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -216,17 +225,17 @@ def _abstract(operands: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _call(op, implementation, options, record, operands):
-    make = _vmappable if record is None else _make_vmappable
-    return make(op, implementation, options, record)(*operands)
+def _call(op, implementation, options, trace, operands):
+    make = _vmappable if trace.record is None else _make_vmappable
+    return make(op, implementation, options, trace)(*operands)
 
 
-def _call_fwd(op, implementation, options, record, operands):
-    return _call(op, implementation, options, record, operands), operands
+def _call_fwd(op, implementation, options, trace, operands):
+    return _call(op, implementation, options, trace, operands), operands
 
 
-def _call_bwd(op, implementation, options, record, operands, cotangent):
-    del implementation, record
+def _call_bwd(op, implementation, options, trace, operands, cotangent):
+    del implementation, trace
     is_float = [_is_differentiable(operand) for operand in operands]
 
     def reference(*floats):
@@ -268,9 +277,9 @@ def _is_differentiable(operand: Any) -> bool:
     return isinstance(operand, jax.Array) and jnp.issubdtype(operand.dtype, jnp.inexact)
 
 
-def _make_vmappable(
-    op: Op, implementation: str | None, options: tuple, record: Record | None
-):
+def _make_vmappable(op: Op, implementation: str | None, options: tuple, trace: _Trace):
+    record = trace.record
+
     @jax.custom_batching.custom_vmap
     def run(*operands):
         backend, choice = select(op, implementation, dict(options), *operands)

@@ -8,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ..._mx_array import MXArray
 from .. import _ffi
+from .._prepared import PreparedWeights
 from . import _backend, _launch, _pipeline, _tiles
 from ._launch import Cubin, Target
 from ._permute import Permutation
@@ -21,11 +22,13 @@ MOST_ROWS = 1024
 
 
 def unsupported(
-    x: Float[Array, "*g m k"], w: MXArray, *, out_dtype: DTypeLike
+    x: Float[Array, "*g m k"], w: MXArray | PreparedWeights, *, out_dtype: DTypeLike
 ) -> str | None:
     """Returns why `run` cannot run here, or should not; None if it can."""
     if problem := _backend.why_not_here():
         return problem
+    if not isinstance(w, MXArray):
+        return f"the weights are laid out for {w.layout.name}"
     if w.ndim != 2:
         return "FlashInfer's cuTile kernels take one weight matrix, not a group of them"
     if x.dtype != jnp.bfloat16:
