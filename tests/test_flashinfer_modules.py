@@ -71,6 +71,7 @@ def get_jit_cache_providers():
         for variable in ("CUDA_HOME", "CUDA_PATH", "PATH"):
             self._monkeypatch.setenv(variable, "")
         self._monkeypatch.setattr(_toolchain, "_DEFAULT_HOME", str(self.root))
+        self._monkeypatch.setattr(_toolchain, "wheel_folders", lambda name: [])
 
 
 @pytest.fixture
