@@ -1,13 +1,15 @@
 """Timing, and saying what was timed on what."""
 
+import dataclasses
 import datetime
 import os
+import pathlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +34,51 @@ def median_seconds(
     return statistics.median(times)
 
 
+def replay_seconds(function: Callable[..., Any], *args: Any, rounds: int = 7) -> float:
+    """Returns the median over rounds of the mean time of a call, compiled before.
+
+    No result is kept, as in a loop: a captured graph is updated when a buffer has moved
+    since the last run. A round takes 20 ms or more.
+    """
+
+    def timed(calls):
+        start = time.perf_counter()
+        for _ in range(calls - 1):
+            function(*args)
+        jax.block_until_ready(function(*args))
+        return (time.perf_counter() - start) / calls
+
+    timed(2)  # compile and capture
+    calls = max(1, min(100, int(0.02 / timed(1))))
+    timed(calls)
+    return statistics.median(timed(calls) for _ in range(rounds))
+
+
+def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Returns name and µs of each kernel that `run()` launches, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(trace))
+    events = [
+        (event.start_ns, event.name, event.duration_ns / 1e3)
+        for plane in data.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    ]
+    return [(name, us) for _, name, us in sorted(events)]
+
+
+def read_bandwidth(num_bytes: int = 1 << 31) -> float:
+    """Returns bytes per second of an XLA sum on this device."""
+    x = jnp.ones(num_bytes // 2, jnp.bfloat16)
+    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    return x.nbytes / median_seconds(total, x)
+
+
 def copy_bandwidth(num_bytes: int = 1 << 30) -> float:
     """Returns bytes per second, read plus written, of an XLA copy on this device."""
     x = jnp.ones(num_bytes // 2, jnp.bfloat16)
@@ -45,11 +92,58 @@ def matmul_rate(size: int) -> float:
     return 2 * size**3 / median_seconds(jax.jit(lambda a: a @ a), x, calls=5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """What this device reached in this run."""
+
+    read: float
+    copy: float
+    rate: float
+
+    def floor(self, num_bytes: float, operations: float) -> float:
+        """Returns the least µs that the bytes and the operations take."""
+        return 1e6 * max(num_bytes / self.read, operations / self.rate)
+
+    def __str__(self) -> str:
+        return (
+            f"read {self.read / 1e12:.2f} TB/s, copy {self.copy / 1e12:.2f} TB/s, bf16 "
+            f"matmul {self.rate / 1e12:.0f} TFLOP/s"
+        )
+
+
+def measure_roof() -> Roof:
+    x = jnp.ones(1 << 29, jnp.bfloat16)
+    memcpy = 2 * x.nbytes / median_seconds(jax.jit(jnp.copy), x)
+    return Roof(read_bandwidth(), max(copy_bandwidth(), memcpy), matmul_rate(8192))
+
+
+def time_calls(
+    call: Callable[..., Any],
+    shared: tuple[Any, ...],
+    each: list[tuple[Any, ...]],
+    **compiler_options: Any,
+) -> tuple[float, float]:
+    """Returns µs of one of `call(*shared, *one)`: in a program of all, and alone.
+
+    Alone is what the profiler counts for kernels, without what lies between them. No
+    two of `each` may be equal, or XLA would compute them once.
+    """
+    run = jax.jit(
+        lambda shared, each: [call(*shared, *one) for one in each],
+        compiler_options=compiler_options or None,
+    )
+    seconds = replay_seconds(run, shared, each)
+    events = kernel_times(lambda: jax.block_until_ready(run(shared, each)))
+    alone = sum(us for _, us in events)
+    return seconds * 1e6 / len(each), alone / len(each)
+
+
 def describe_run() -> str:
     """Returns date, device, versions and command, as a line of markdown."""
     device = jax.devices()[0]
     name = device.device_kind if device.platform == "gpu" else _cpu_name()
-    command = f"python {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    script = pathlib.Path(sys.argv[0]).name
+    command = f"python {script} {' '.join(sys.argv[1:])}".strip()
     return (
         f"{datetime.date.today()}, {name}, jax {jax.__version__}, Python "
         f"{platform.python_version()}; `{command}`"
@@ -57,7 +151,7 @@ def describe_run() -> str:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
+    info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):

@@ -15,11 +15,10 @@ import itertools
 import json
 import pathlib
 import statistics
-import tempfile
 
 import jax
 import jax.numpy as jnp
-from _timing import describe_run
+from _timing import describe_run, kernel_times
 
 from jmx8 import quantize, route
 from jmx8.kernels.cutile import _backend, _cubins, _launch, _pipeline, dense
@@ -205,24 +204,6 @@ def compile_candidates(
                 except RuntimeError as error:
                     print(cubins[cubin], str(error)[-200:], flush=True)
         print(f"{start + len(some)} of {len(wanted)}", flush=True)
-
-
-def kernel_times(run) -> list[tuple[str, float]]:
-    """Returns name and µs of each kernel that `run()` launches, in order."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(trace))
-    events = [
-        (event.start_ns, event.name, event.duration_ns / 1e3)
-        for plane in data.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if "Stream" in line.name
-        for event in line.events
-    ]
-    return [(name, us) for _, name, us in sorted(events)]
 
 
 def quantized(key, *shape):
