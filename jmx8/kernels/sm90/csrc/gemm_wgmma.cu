@@ -1,0 +1,141 @@
+// Which shapes of GemmWgmma there are, and how they are launched.
+//
+// Registers: GemmWgmma <= 224
+#include "gemm_wgmma.cuh"
+
+namespace jmx8 {
+namespace {
+
+using wgmma::Arguments;
+using wgmma::Shape;
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode FindEncode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                       cudaEnableDefault, &found) != cudaSuccess) {
+    return nullptr;
+  }
+  return reinterpret_cast<Encode>(function);
+}
+
+const char* EncodeMaps(const Gemm& g, int box_n, int k, int rows, bool gathers,
+                       CUtensorMap* w_map, CUtensorMap* x_map) {
+  static const Encode encode = FindEncode();
+  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  const cuuint32_t ones[3] = {1, 1, 1};
+  {
+    const cuuint64_t size[3] = {cuuint64_t(g.k), cuuint64_t(g.n),
+                                cuuint64_t(g.num_experts)};
+    const cuuint64_t pitch[2] = {cuuint64_t(g.k), cuuint64_t(g.k) * g.n};
+    const cuuint32_t box[3] = {cuuint32_t(k), cuuint32_t(box_n), 1};
+    const auto swizzle = k == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    if (encode(w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<uint8_t*>(g.w), size,
+               pitch, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+      return "the weights cannot be described to the copy engine";
+    }
+  }
+  if (gathers) {
+    *x_map = *w_map;  // not used
+    return nullptr;
+  }
+  const cuuint64_t size[2] = {cuuint64_t(g.k), cuuint64_t(g.num_x_rows)};
+  const cuuint64_t pitch[1] = {cuuint64_t(g.k) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(rows)};
+  if (encode(x_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(g.x), size,
+             pitch, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+    return "the activations cannot be described to the copy engine";
+  }
+  return nullptr;
+}
+
+template <class S>
+const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
+  CUtensorMap w_map, x_map;
+  if (const char* error =
+          EncodeMaps(g, S::kBoxN, S::kK, S::kRows, S::kGathers, &w_map, &x_map)) {
+    return error;
+  }
+  Arguments a{g, 0, 0, split_k, 1};
+  const int columns = IsGated(g.activation) ? g.n / 2 : g.n;
+  const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;
+  a.num_n_tiles = (columns + tile_n - 1) / tile_n;
+  a.num_row_tiles =
+      g.tiles != nullptr ? g.max_tiles : (g.num_slots + S::kRows - 1) / S::kRows;
+  if (g.tiles == nullptr) a.group_rows = a.num_row_tiles < 8 ? a.num_row_tiles : 8;
+  const int64_t blocks = int64_t{a.num_n_tiles} * a.num_row_tiles * split_k;
+  if (blocks == 0) return nullptr;
+  if (blocks >= int64_t{1} << 31) return "too many thread blocks";
+  auto* kernel = wgmma::GemmWgmma<S>;
+  cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = split_k;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = split_k > 1;
+  error = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+// The variants, as `kN x kK, how many warpgroups share k`; those with a trailing
+// "gated" compute gate and up together, and only they gather.
+//   0: 64 x 128, 2        1: 64 x 128, 4      2: 128 x 128, 1
+//   3: 128 x 128, 2, gated                    4: 256 x 64, 1, gated
+//   5: 128 x 64, 1
+// tile_rows 8, 16: 0, 1, 3; 32: 0, 2, 3; 64: 0, 2, 3, 4; 128: 2, 3, 4; 256: 5.
+const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
+  if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
+  const bool gathers = g.slot_rows != nullptr;
+  if (IsGated(g.activation) && c.variant != 3 && c.variant != 4) {
+    return "a gated activation needs variant 3 or 4";
+  }
+#define JMX8_SHAPE(rows, variant_, blocks, side, deep, k, occupancy)                   \
+  if (c.tile_rows == rows && c.variant == variant_ && !gathers) {                      \
+    return Launch<Shape<rows, blocks, side, deep, k, occupancy, false>>(g, c.split_k,  \
+                                                                        stream);       \
+  }
+#define JMX8_GATED_SHAPE(rows, variant_, blocks, side, deep, k, occupancy)             \
+  JMX8_SHAPE(rows, variant_, blocks, side, deep, k, occupancy)                         \
+  if (c.tile_rows == rows && c.variant == variant_ && gathers) {                       \
+    return Launch<Shape<rows, blocks, side, deep, k, occupancy, true>>(g, c.split_k,   \
+                                                                       stream);        \
+  }
+  JMX8_SHAPE(8, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(8, 1, 1, 1, 4, 128, 1)
+  JMX8_GATED_SHAPE(8, 3, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(16, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(16, 1, 1, 1, 4, 128, 1)
+  JMX8_GATED_SHAPE(16, 3, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(32, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(32, 2, 1, 2, 1, 128, 2)
+  JMX8_GATED_SHAPE(32, 3, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(64, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(64, 2, 1, 2, 1, 128, 2)
+  JMX8_GATED_SHAPE(64, 3, 2, 1, 2, 128, 1)
+  JMX8_GATED_SHAPE(64, 4, 2, 2, 1, 64, 1)
+  JMX8_SHAPE(128, 2, 1, 2, 1, 128, 1)
+  JMX8_GATED_SHAPE(128, 3, 2, 1, 2, 128, 1)
+  JMX8_GATED_SHAPE(128, 4, 2, 2, 1, 64, 1)
+  JMX8_SHAPE(256, 5, 1, 2, 1, 64, 1)
+#undef JMX8_GATED_SHAPE
+#undef JMX8_SHAPE
+  return "gemm_wgmma.cu has no such configuration";
+}
+
+}  // namespace jmx8

@@ -1,0 +1,471 @@
+// Products with widened weights on Hopper's warpgroup matrix units: the weights are the
+// operand in registers (their rows are the result's 64 rows), the activations are in
+// shared memory. One producer warp keeps `kStages` stages of both in flight.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "activation.cuh"
+#include "kernels.h"
+#include "ptx.cuh"
+#include "widen.cuh"
+
+namespace jmx8::wgmma {
+
+// kRows: rows of x of a tile. kBlocks: blocks of 64 weight rows of a warpgroup; with
+// two, the second is that of `up` if gated. kSide, kDeep: warpgroups beside each other
+// in n, and such that share k. kK: k of a stage. kOccupancy: blocks per multiprocessor.
+template <int kRows_, int kBlocks_, int kSide_, int kDeep_, int kK_, int kOccupancy_,
+          bool kGathers_>
+struct Shape {
+  static constexpr int kRows = kRows_, kBlocks = kBlocks_, kSide = kSide_;
+  static constexpr int kDeep = kDeep_, kK = kK_, kOccupancy = kOccupancy_;
+  static constexpr bool kGathers = kGathers_;
+
+  static constexpr int kBoxN = 64 * kSide;
+  static constexpr int kN = kBoxN * kBlocks;
+  static constexpr int kConsumers = 128 * kSide * kDeep;
+  // Large sums need registers that a whole producing warpgroup can give up.
+  static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
+  static constexpr int kProducers = kMovesRegisters ? 128 : kGathers ? 64 : 32;
+  static constexpr int kThreads = kConsumers + kProducers;
+
+  static constexpr int kWeightBytes = kN * kK;
+  static constexpr int kRowBytes = kRows * kK * 2;
+  static constexpr int kStageBytes = kWeightBytes + kRowBytes;
+  static constexpr int kScaleBytes = kN * 4;  // 128 of k
+  static constexpr int kFixedBytes = 2048 + kRows * 4;
+  static constexpr int kBudget = 227 * 1024 / kOccupancy - kFixedBytes - 1024;
+  static constexpr int kFit = kBudget / (kStageBytes + kScaleBytes);
+  static constexpr int kStages = kFit < 12 ? kFit : 12;
+  static constexpr int kPitch = kN + 4;  // floats; free of bank conflicts
+  static constexpr int kPartialBytes = kRows * kPitch * 4;
+  static constexpr int kPipelineBytes = kStages * (kStageBytes + kScaleBytes);
+  static constexpr int kSharedBytes =
+      1024 + kFixedBytes +
+      (kPipelineBytes > kDeep * kPartialBytes ? kPipelineBytes : kDeep * kPartialBytes);
+
+  static_assert(kStages >= 2 && kSharedBytes <= 227 * 1024);
+  static_assert(kStages > kDeep, "a warpgroup waits for a stage while it holds another");
+  static_assert(kDeep == 1 || kK == 128, "a scale word is one stage's");
+};
+
+struct Arguments {
+  Gemm gemm;
+  int num_row_tiles, num_n_tiles, split_k, group_rows;
+};
+
+// Where one thread block works.
+struct Place {
+  int expert, first_slot, num_slots, n0, first_step, num_steps;
+};
+
+template <class S>
+__device__ bool FindPlace(const Arguments& a, Place* place) {
+  const int index = blockIdx.x / a.split_k;
+  // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
+  const int group = index / (a.group_rows * a.num_n_tiles);
+  const int first = group * a.group_rows;
+  const int in_group = min(a.group_rows, a.num_row_tiles - first);
+  const int rest = index - first * a.num_n_tiles;
+  const int row_tile = first + rest % in_group;
+  if (a.gemm.tiles == nullptr) {
+    place->expert = 0;
+    place->first_slot = row_tile * S::kRows;
+    place->num_slots = min(S::kRows, a.gemm.num_slots - place->first_slot);
+  } else {
+    if (row_tile >= *a.gemm.num_tiles) return false;
+    const Tile tile = a.gemm.tiles[row_tile];
+    place->expert = tile.expert;
+    place->first_slot = tile.first_slot;
+    place->num_slots = tile.num_slots;
+  }
+  const bool gated = IsGated(a.gemm.activation);
+  place->n0 = rest / in_group * (gated ? S::kBoxN : S::kN);
+  // Whole words of four scales.
+  const int words = (a.gemm.k + 127) / 128, rank = blockIdx.x % a.split_k;
+  constexpr int kPerWord = 128 / S::kK;
+  const int begin = words * rank / a.split_k, end = words * (rank + 1) / a.split_k;
+  place->first_step = begin * kPerWord;
+  place->num_steps = min(end * kPerWord, (a.gemm.k + S::kK - 1) / S::kK) - begin * kPerWord;
+  return true;
+}
+
+struct Shared {
+  uint32_t weights, rows, scales, full, empty, slot_rows;
+};
+
+template <class S>
+__device__ Shared DivideShared(uint32_t base) {
+  Shared s;
+  s.full = base;
+  s.empty = base + 8 * S::kStages;
+  s.slot_rows = base + 1024;
+  // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
+  s.weights = (base + S::kFixedBytes + 1023) / 1024 * 1024;
+  s.rows = s.weights + S::kStages * S::kWeightBytes;
+  s.scales = s.rows + S::kStages * S::kRowBytes;
+  return s;
+}
+
+// One word: the scales of 128 of k, 0 past the end.
+template <class S>
+__device__ __forceinline__ void LoadScales(const Gemm& g, const Place& p, int k0,
+                                           uint32_t to, int lane) {
+  const int pitch = g.k / 32, first = k0 / 32;
+  const bool gated = IsGated(g.activation);
+#pragma unroll
+  for (int i = lane; i < S::kN; i += S::kProducers) {
+    const int box = i / S::kBoxN, row = i % S::kBoxN;
+    const int n = p.n0 + row + box * (gated ? g.n / 2 : S::kBoxN);
+    const uint8_t* from =
+        g.scales + (int64_t(p.expert) * g.n + min(n, g.n - 1)) * pitch + first;
+    if (pitch % 4 == 0) {
+      ptx::CopyAsync4(to + 4 * i, from);
+    } else {
+      uint32_t word = 0;
+      for (int j = 0; j < 4 && first + j < pitch; ++j) {
+        word |= uint32_t{from[j]} << (8 * j);
+      }
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + 4 * i), "r"(word) : "memory");
+    }
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
+                                           const Shared& s, int k0, uint32_t to,
+                                           int lane) {
+#pragma unroll
+  for (int half = 0; half < S::kK / 64; ++half) {
+    const int chunk = lane % 8, k = k0 + half * 64 + chunk * 8;
+    const uint32_t bytes = k < g.k ? 16 : 0;
+    for (int row = lane / 8; row < p.num_slots; row += S::kProducers / 8) {
+      const int64_t x_row = ptx::LoadShared32(s.slot_rows + 4 * row);
+      const auto* x = static_cast<const __nv_bfloat16*>(g.x) + x_row * g.k;
+      ptx::CopyAsync16(
+          to + half * S::kRows * 128 + row * 128 + ((chunk ^ (row & 7)) << 4),
+          x + (bytes ? k : 0), bytes);
+    }
+  }
+}
+
+template <class S>
+__device__ void Produce(const Arguments& a, const Place& p, const Shared& s,
+                        const CUtensorMap* w_map, const CUtensorMap* x_map, int lane) {
+  const Gemm& g = a.gemm;
+  const int box_distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
+  // Weights that no other tile of rows reads should not displace the rest.
+  const bool once = g.tiles != nullptr || a.num_row_tiles == 1;
+  const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
+  constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
+  for (int i = 0; i < p.num_steps; ++i) {
+    const int stage = i % S::kStages, k0 = (p.first_step + i) * S::kK;
+    const uint32_t full = s.full + 8 * stage;
+    if (i >= S::kStages) {
+      ptx::BarrierWait(s.empty + 8 * stage, (i / S::kStages - 1) & 1);
+    }
+    if (lane == 0) {
+      ptx::BarrierArriveExpect(full, kBytes);
+#pragma unroll
+      for (int box = 0; box < S::kBlocks; ++box) {
+        ptx::LoadTile3(
+            s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK, w_map, full,
+            k0, p.n0 + box * box_distance, p.expert, policy);
+      }
+      if constexpr (!S::kGathers) {
+#pragma unroll
+        for (int half = 0; half < S::kK / 64; ++half) {
+          ptx::LoadTile2(s.rows + stage * S::kRowBytes + half * S::kRows * 128, x_map,
+                         full, k0 + half * 64, p.first_slot);
+        }
+      }
+    }
+    if (k0 % 128 == 0) {
+      const int slot = i / (128 / S::kK) % S::kStages;
+      LoadScales<S>(g, p, k0, s.scales + slot * S::kScaleBytes, lane);
+    }
+    if constexpr (S::kGathers) {
+      GatherRows<S>(g, p, s, k0, s.rows + stage * S::kRowBytes, lane);
+    }
+    if (g.k % 128 == 0) {
+      ptx::BarrierArriveAfterCopies(full);
+    } else {  // scales were stored, not copied
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      ptx::BarrierArrive(full);
+    }
+  }
+}
+
+// Two e4m3, the first in the lower byte, to bf16, times 2^-120.
+__device__ __forceinline__ uint32_t Spread(uint32_t pair) {
+  // Each byte with copies of its sign above it.
+  const uint32_t extended = __byte_perm(pair, 0, 0x9180);
+  return (extended << 4) & 0x87F087F0;
+}
+
+// Brings Spread(...) to the elements' own size: 2^120, twice.
+constexpr uint32_t kElementFactor = 0x7B807B80;
+
+// 2^(code - 127), twice. Two multiplications reach every code: bf16 has no 2^248.
+__device__ __forceinline__ uint32_t ScaleFactor(uint32_t code) {
+  const uint32_t bits = code == 0 ? 0x40 : code == 255 ? 0x7FC0 : code << 7;
+  return bits * 0x10001;
+}
+
+template <class S>
+struct Consumer {
+  static constexpr int kSteps = S::kK / 16;  // of one stage
+
+  float sums[S::kBlocks][S::kRows / 2];
+  uint32_t pairs[S::kBlocks][4];  // the bytes of one step
+  uint32_t words[S::kBlocks][2];  // the scales of 128 of k, of which the lowest are next
+  uint32_t factors[S::kBlocks][2];
+
+  // Two steps are under way: one is multiplied while the next is widened.
+  __device__ __forceinline__ void Run(const Place& p, const Shared& s, int side,
+                                      int deep) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int row = side * 64 + warp * 16 + lane / 4;
+    const uint32_t swizzle = S::kK == 128 ? row & 7 : row >> 1 & 3;
+    const uint32_t offset = row * S::kK + (swizzle << 4) + lane % 4 * 2;
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < S::kRows / 2; ++i) sums[b][i] = 0;
+    }
+    if (deep >= p.num_steps) return;
+    uint32_t a[S::kBlocks][4];
+    Enter(s, deep, row, offset);
+    Widen(0, a);
+    LoadPairs(s, deep, 1, offset);
+    for (int i = deep; i < p.num_steps; i += S::kDeep) {
+      const int stage = i % S::kStages;
+      const bool is_last = i + S::kDeep >= p.num_steps;
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const uint32_t rows = s.rows + stage * S::kRowBytes + j / 4 * S::kRows * 128;
+        const uint64_t descriptor = ptx::SwizzledDescriptor(rows) + j % 4 * 2;
+        ptx::WgmmaFence();
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) {
+          ptx::Wgmma<S::kRows>(sums[b], a[b], descriptor);
+        }
+        ptx::WgmmaCommit();
+        uint32_t next[S::kBlocks][4] = {};
+        if (j + 1 < kSteps || !is_last) Widen((j + 1) % kSteps, next);
+        if (j + 2 < kSteps) {
+          LoadPairs(s, i, j + 2, offset);
+        } else if (!is_last) {
+          if (j + 2 == kSteps) Enter(s, i + S::kDeep, row, offset);
+          if (j + 1 == kSteps) LoadPairs(s, i + S::kDeep, 1, offset);
+        }
+        ptx::WgmmaWait<0>();
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) a[b][r] = next[b][r];
+        }
+      }
+      if (threadIdx.x % 128 == 0) ptx::BarrierArrive(s.empty + 8 * stage);
+    }
+  }
+
+  // Waits for a stage and reads its scales and the bytes of its first step.
+  __device__ __forceinline__ void Enter(const Shared& s, int i, int row,
+                                        uint32_t offset) {
+    ptx::BarrierWait(s.full + 8 * (i % S::kStages), i / S::kStages & 1);
+    if constexpr (S::kGathers) ptx::FenceAsyncProxy();
+    LoadPairs(s, i, 0, offset);
+    const bool has_own_words = S::kK == 128 || i % 2 == 0;
+    const int slot = i / (128 / S::kK) % S::kStages;
+    const uint32_t at = s.scales + slot * S::kScaleBytes + 4 * row;
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        words[b][r] = has_own_words ? ptx::LoadShared32(at + b * 4 * S::kBoxN + 32 * r)
+                                    : words[b][r] >> 16;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void LoadPairs(const Shared& s, int i, int j,
+                                            uint32_t offset) {
+    const uint32_t weights = s.weights + i % S::kStages * S::kWeightBytes;
+    constexpr uint32_t kBelow = 8 * S::kK;  // eight rows further
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+      const uint32_t at = (weights + b * S::kBoxN * S::kK + offset) ^ (j << 4);
+      pairs[b][0] = ptx::LoadShared16(at);
+      pairs[b][1] = ptx::LoadShared16(at + kBelow);
+      pairs[b][2] = ptx::LoadShared16(at + 8);
+      pairs[b][3] = ptx::LoadShared16(at + kBelow + 8);
+    }
+  }
+
+  __device__ __forceinline__ void Widen(int j, uint32_t (&a)[S::kBlocks][4]) {
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 2 && j % 2 == 0; ++r) {
+        factors[b][r] = ScaleFactor(words[b][r] >> (4 * j) & 255);
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t element = MulBf16x2(Spread(pairs[b][r]), kElementFactor);
+        a[b][r] = MulBf16x2(element, factors[b][r % 2]);
+      }
+    }
+  }
+
+  // To float32 [kRows, kPitch] in shared memory.
+  __device__ __forceinline__ void Store(uint32_t to, int side) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int n = side * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < S::kRows / 2; ++i) {
+        const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const uint32_t at = 4 * (row * S::kPitch + b * S::kBoxN + n + i % 4 / 2 * 8);
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + at), "f"(sums[b][i])
+                     : "memory");
+      }
+    }
+  }
+};
+
+// Sums eight neighbouring columns of one row over all blocks and warpgroups that share
+// k, in a fixed order.
+template <class S>
+__device__ __forceinline__ void SumPartials(uint32_t at, int split_k, float (&sum)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) sum[j] = 0;
+  for (int rank = 0; rank < split_k; ++rank) {
+    const uint32_t base = ptx::MapShared(at, rank);
+#pragma unroll
+    for (int deep = 0; deep < S::kDeep; ++deep) {
+      const float4 low = ptx::LoadCluster(base + deep * S::kPartialBytes);
+      const float4 high = ptx::LoadCluster(base + deep * S::kPartialBytes + 16);
+      sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
+      sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+    }
+  }
+}
+
+__device__ __forceinline__ void AddBias(const Gemm& g, int expert, int n, int count,
+                                        float (&sum)[8]) {
+  if (g.bias == nullptr) return;
+  const int64_t first = int64_t{expert} * g.n + n;
+  for (int j = 0; j < count; ++j) {
+    sum[j] += g.bias_is_f32
+                  ? static_cast<const float*>(g.bias)[first + j]
+                  : __bfloat162float(static_cast<const __nv_bfloat16*>(g.bias)[first + j]);
+  }
+}
+
+__device__ __forceinline__ void StoreColumns(const Gemm& g, int64_t at, int count,
+                                             bool aligned, const float (&v)[8]) {
+  if (g.out_is_f32) {
+    float* out = static_cast<float*>(g.out) + at;
+    for (int j = 0; j < count; ++j) out[j] = v[j];
+    return;
+  }
+  auto* out = static_cast<__nv_bfloat16*>(g.out) + at;
+  if (aligned && count == 8) {
+    __nv_bfloat162 pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pairs[j] = __floats2bfloat162_rn(v[2 * j], v[2 * j + 1]);
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(pairs);
+    return;
+  }
+  for (int j = 0; j < count; ++j) out[j] = __float2bfloat16_rn(v[j]);
+}
+
+template <class S>
+__device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
+  const Gemm& g = a.gemm;
+  const bool gated = IsGated(g.activation);
+  const int columns = gated ? g.n / 2 : g.n;  // of the result
+  const int per_row = (gated ? S::kBoxN : S::kN) / 8;
+  const int rank = blockIdx.x % a.split_k;
+  const int num_rows = (p.num_slots - rank + a.split_k - 1) / a.split_k;
+  for (int i = threadIdx.x; i < num_rows * per_row; i += S::kConsumers) {
+    const int row = i / per_row * a.split_k + rank, n = i % per_row * 8;
+    const int count = min(8, columns - p.n0 - n);
+    if (count <= 0) continue;
+    const uint32_t at = partials + 4 * (row * S::kPitch + n);
+    float value[8];
+    SumPartials<S>(at, a.split_k, value);
+    AddBias(g, p.expert, p.n0 + n, count, value);
+    if (gated) {
+      float up[8];
+      SumPartials<S>(at + 4 * S::kBoxN, a.split_k, up);
+      AddBias(g, p.expert, columns + p.n0 + n, count, up);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        value[j] = ApplyGated(g.activation, value[j], up[j], g.alpha, g.beta, g.limit);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] = ApplyUngated(g.activation, value[j]);
+    }
+    const int64_t out = int64_t{p.first_slot + row} * columns + p.n0 + n;
+    StoreColumns(g, out, count, columns % 8 == 0, value);
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
+    GemmWgmma(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap w_map,
+              const __grid_constant__ CUtensorMap x_map) {
+  extern __shared__ uint8_t memory[];
+  Place place;
+  if (!FindPlace<S>(a, &place)) return;
+  const Shared s = DivideShared<S>(ptx::SharedAddress(memory));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      ptx::BarrierInit(s.full + 8 * i, S::kProducers + 1);
+      ptx::BarrierInit(s.empty + 8 * i, S::kSide);
+    }
+    ptx::FenceBarrierInit();
+  }
+  if constexpr (S::kGathers) {
+    for (int i = threadIdx.x; i < place.num_slots; i += S::kThreads) {
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(s.slot_rows + 4 * i),
+                   "r"(a.gemm.slot_rows[place.first_slot + i])
+                   : "memory");
+    }
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == S::kConsumers / 128) {
+    if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    Produce<S>(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
+    __syncwarp();
+    if (a.split_k > 1) {
+      ptx::ClusterSync();
+      ptx::ClusterSync();
+    }
+  } else {
+    if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
+    Consumer<S> consumer;
+    consumer.Run(place, s, side, deep);
+    // The partial sums take the place of the stages, which all must have read.
+    ptx::NamedBarrier(1, S::kConsumers);
+    consumer.Store(s.weights + deep * S::kPartialBytes, side);
+    if (a.split_k == 1) {
+      ptx::NamedBarrier(1, S::kConsumers);
+      Finish<S>(a, place, s.weights);
+    } else {
+      ptx::ClusterSync();
+      Finish<S>(a, place, s.weights);
+      __syncwarp();
+      ptx::ClusterSync();  // others read this block's sums
+    }
+  }
+}
+
+}  // namespace jmx8::wgmma
