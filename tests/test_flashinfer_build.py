@@ -13,7 +13,8 @@ import time
 import pytest
 
 from jmx8.cli._build_kernels import build_kernels
-from jmx8.kernels.flashinfer import _toolchain, build, modules
+from jmx8.kernels import _toolchain
+from jmx8.kernels.flashinfer import build, modules
 from jmx8.kernels.flashinfer._version import installed_version, version_problem
 
 

@@ -11,8 +11,9 @@ import sys
 import pytest
 
 from jmx8.cli._build_kernels import build_kernels
+from jmx8.kernels import _toolchain
 from jmx8.kernels._buildable import Buildable
-from jmx8.kernels.flashinfer import _toolchain, cubins, modules
+from jmx8.kernels.flashinfer import cubins, modules
 from jmx8.kernels.flashinfer._version import TESTED, version_problem
 from jmx8.kernels.flashinfer.modules import find, GEMM, QUANTIZATION, TRTLLM_MOE
 

@@ -18,8 +18,8 @@ import tempfile
 import time
 from typing import Any
 
+from .. import _toolchain
 from .._cache import cache_folder, make_once, write_whole
-from . import _toolchain
 from ._version import TESTED, version_problem
 from .cubins import cubin_folder, HOW_TO_FETCH
 from .modules import cached_path, Module, MODULES

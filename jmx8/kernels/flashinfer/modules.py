@@ -18,10 +18,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from .. import _toolchain
 from .._adapter import adapter_unavailable, bridge_missing
 from .._buildable import Buildable
 from .._cache import cache_folder
-from . import _toolchain, cubins
+from . import cubins
 from ._version import installed_version, TESTED, version_problem
 
 

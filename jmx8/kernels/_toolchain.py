@@ -65,15 +65,27 @@ def search_path() -> str:
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 
-def missing_tool() -> str | None:
-    """Returns what a build lacks before any header is looked for, None if nothing."""
+def compiler() -> str | None:
+    """Returns the C++ compiler that nvcc is to work with, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def missing_compiler() -> str | None:
+    """Returns which compiler of CUDA C++ is missing, None if none is."""
     if cuda_home() is None:
         return (
             "there is no CUDA toolkit with nvcc: set CUDA_HOME, or "
             "`pip install jmx8[build]`"
         )
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if compiler() is None:
         return "there is no C++ compiler: install g++, or set CXX"
+    return None
+
+
+def missing_tool() -> str | None:
+    """Returns what FlashInfer's build lacks beside headers, None if nothing."""
+    if problem := missing_compiler():
+        return problem
     if shutil.which("ninja", path=search_path()) is None:
         return "ninja is missing: `pip install ninja`"
     if importlib.util.find_spec("torch") is None:
