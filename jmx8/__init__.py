@@ -1,11 +1,7 @@
 """MXFP8 inference for JAX."""
 
 from . import nn as nn
-from ._mx_array import (
-    dequantize as dequantize,
-    MXArray as MXArray,
-    quantize as quantize,
-)
+from ._mx_array import dequantize as dequantize, MXArray as MXArray
 from .checkpoint import CheckpointError as CheckpointError, load as load
 from .convert import (
     DEFAULT_SKIP as DEFAULT_SKIP,
@@ -24,5 +20,6 @@ from .ops.moe import (
     mx_moe_w8a8 as mx_moe_w8a8,
     SwiGLUOAI as SwiGLUOAI,
 )
+from .ops.quantize import quantize as quantize
 from .ops.routed_moe import mx_routed_moe_w8a8 as mx_routed_moe_w8a8
 from .ops.routing import route as route

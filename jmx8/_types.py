@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, TYPE_CHECKING
 
 # Backends of the ops. Each op says which of them it has.
 Implementation = Literal[
-    "flashinfer_cutlass", "flashinfer_trtllm", "flashinfer_cutile", "xla"
+    "sm90", "flashinfer_cutlass", "flashinfer_trtllm", "flashinfer_cutile", "xla"
 ]
 
 # Numerics of a layer's activations. "auto" is "mxfp8" where the hardware multiplies

@@ -13,6 +13,7 @@ from jmx8 import quantize
 from jmx8.kernels._prepared import prepare_weights
 from jmx8.kernels.cutile import _backend, _cubins, _launch, ahead, dense, moe
 from jmx8.kernels.flashinfer import _version, prepare
+from jmx8.kernels.sm90 import library
 
 from .test_cutile import moe_operands, MOE_OPTIONS
 
@@ -26,8 +27,9 @@ def reason_of(unsupported, *operands):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """Makes the backends believe in an H200."""
+    """Makes the backends believe in an H200 without jmx8's own kernels."""
     monkeypatch.setattr("jmx8._device.compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(library, "why_not_here", lambda: "left out")
     monkeypatch.setattr(_version, "installed_version", lambda package: "1.7.0")
 
 

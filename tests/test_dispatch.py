@@ -62,7 +62,7 @@ def test_named_backend_is_never_replaced(operands, with_backend):
 
 
 def test_unknown_backend_lists_the_known(operands):
-    names = r"\['flashinfer_cutile', 'xla'\]"
+    names = r"\['sm90', 'flashinfer_cutile', 'xla'\]"
     message = rf"unknown implementation 'cuda'; expected one of {names}, or None"
     x, w = operands
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from .._mx_array import BLOCK_SIZE, MXArray, quantize
+from .._mx_array import BLOCK_SIZE, MXArray
+from ..ops.quantize import quantize
 from .report import measure, ReportRow
 
 

@@ -8,14 +8,23 @@ from .._mx_array import dequantize, MXArray, quantize
 
 
 def matmul(
-    x: Float[Array, "*g m k"], w: MXArray, *, out_dtype: DTypeLike
+    x: Float[Array, "*g m k"],
+    w: MXArray,
+    bias: Float[Array, "*g r n"] | None = None,
+    *,
+    out_dtype: DTypeLike,
 ) -> Float[Array, "*g m n"]:
-    """Computes `x @ w.T` with exactly widened weights and float32 accumulation.
+    """Computes `x @ w.T + bias` with exactly widened weights, in float32.
 
-    `w` is `[*g, n, k]`, neither padded nor transposed.
+    `w` is `[*g, n, k]`, neither padded nor transposed; the bias is one for all rows,
+    r = 1, or one for each, r = m.
     """
     dtype = compute_dtype(x.dtype)
-    return dot_rows(x.astype(dtype), dequantize(w, dtype), out_dtype)
+    x, w_values = x.astype(dtype), dequantize(w, dtype)
+    if bias is None:
+        return dot_rows(x, w_values, out_dtype)
+    out = dot_rows(x, w_values, jnp.float32)
+    return (out + bias.astype(jnp.float32)).astype(out_dtype)
 
 
 def matmul_w8a8(

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._device import resolve_activations
-from .._mx_array import MXArray, quantize
+from .._mx_array import MXArray
 from .._types import Activations
 from ..kernels._prepared import PreparedWeights
 from ..ops.matmul import mx_matmul, mx_matmul_w8a8
+from ..ops.quantize import quantize
 
 
 class MXLinear(eqx.Module):
@@ -97,7 +98,9 @@ class MXLinear(eqx.Module):
             Array `[..., out_features]` of the dtype of `x`.
         """
         w8a8 = resolve_activations(self.activations) == "mxfp8"
-        out = (mx_matmul_w8a8 if w8a8 else mx_matmul)(x, self.weight)
+        if not w8a8:
+            return mx_matmul(x, self.weight, bias=self.bias)
+        out = mx_matmul_w8a8(x, self.weight)
         if self.bias is None:
             return out
         return out + jnp.broadcast_to(self.bias.astype(out.dtype), out.shape)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._device import resolve_activations
-from .._mx_array import MXArray, quantize
+from .._mx_array import MXArray
 from .._types import Activations
 from ..kernels._prepared import PreparedWeights
 from ..kernels.xla_matmul import dot_rows
 from ..ops.moe import Activation, is_gated, mx_moe, mx_moe_w8a8
+from ..ops.quantize import quantize
 from ..ops.routing import route, RoutingMethod
 from ._linear import MXLinear
 

@@ -46,12 +46,14 @@ class Op:
         fold: The batching rule: `(axis_size, in_batched, *operands)` to folded
             operands and a function that unfolds the result.
         reference: Differentiated in place of the backend's kernel.
+        token_operands: Positions of the operands whose last axis but one are tokens.
     """
 
     name: str
     backends: tuple[Backend, ...]
     fold: Callable[..., tuple[tuple[Any, ...], Callable[[Any], Any]]]
     reference: Callable[..., Any]
+    token_operands: tuple[int, ...] = (0,)
 
 
 @dataclasses.dataclass(frozen=True)

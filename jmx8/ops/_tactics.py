@@ -24,19 +24,19 @@ def is_weight(operand: Any) -> bool:
 def bucket(call: Call) -> Call:
     """Returns the call that stands for all that run with the same tactic.
 
-    It has the number of tokens rounded up to a power of two. They are the last axis
-    but one of the operands that are arrays; what has other axes are weights.
+    It has the number of tokens rounded up to a power of two.
     """
 
     def round_up(a):
-        if is_weight(a) or len(a.shape) < 2:
-            return a
         *groups, rows, size = a.shape
         rows = 1 << (rows - 1).bit_length() if rows else 0
         return jax.ShapeDtypeStruct((*groups, rows, size), a.dtype)
 
-    operands = jax.tree.map(round_up, call.operands, is_leaf=is_weight)
-    return dataclasses.replace(call, operands=operands)
+    operands = [
+        round_up(operand) if i in call.op.token_operands else operand
+        for i, operand in enumerate(call.operands)
+    ]
+    return dataclasses.replace(call, operands=tuple(operands))
 
 
 def tactic_key(call: Call) -> str:

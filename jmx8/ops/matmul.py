@@ -19,31 +19,54 @@ from ..kernels import xla_matmul
 from ..kernels._prepared import PreparedWeights
 from ..kernels.cutile import dense as cutile
 from ..kernels.flashinfer import backends as flashinfer
+from ..kernels.sm90 import dense as sm90
 from . import _dispatch
 
 
-def _fold(axis_size, batched, x, w):
-    """Folds a batch axis of x into m, and one of w into a group axis."""
-    x_batched, w_batched = batched
-    if not w_batched:
-        # [b, *g, m, k] to [*g, b * m, k]: one call, with the weights read once.
-        m = x.shape[-2]
-        folded = jnp.moveaxis(x, 0, -3)
-        folded = folded.reshape(*folded.shape[:-3], axis_size * m, folded.shape[-1])
+def _fold(axis_size, batched, x, w, *biases):
+    """Folds a batch axis of x into m, and one of w into a group axis.
 
-        def unfold(out):
-            out = out.reshape(*out.shape[:-2], axis_size, m, out.shape[-1])
-            return jnp.moveaxis(out, -3, 0)
+    A bias that is not the same in all of the batch becomes one for each row.
+    """
+    x_batched, w_batched, *bias_batched = batched
+    stack = lambda a, is_batched: (
+        a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+    )
+    x, m = stack(x, x_batched), x.shape[-2]
+    if w_batched:
+        biases = map(stack, biases, bias_batched)
+        return (x, w, *biases), lambda out: out
 
-        return (folded, w), unfold
-    if not x_batched:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    return (x, w), lambda out: out
+    # [b, *g, m, k] to [*g, b * m, k]: one call, with the weights read once.
+    def fold_rows(a):
+        a = jnp.moveaxis(a, 0, -3)
+        return a.reshape(*a.shape[:-3], axis_size * m, a.shape[-1])
+
+    def fold_bias(bias, is_batched):
+        if not is_batched and bias.shape[-2] == 1:
+            return bias
+        bias = stack(bias, is_batched)
+        rows = (*bias.shape[:-2], m, bias.shape[-1])
+        return fold_rows(jnp.broadcast_to(bias, rows))
+
+    def unfold(out):
+        out = out.reshape(*out.shape[:-2], axis_size, m, out.shape[-1])
+        return jnp.moveaxis(out, -3, 0)
+
+    return (fold_rows(x), w, *map(fold_bias, biases, bias_batched)), unfold
 
 
 _MATMUL = _dispatch.Op(
     "mx_matmul",
     (
+        _dispatch.Backend(
+            "sm90",
+            sm90.unsupported,
+            sm90.run,
+            "widens the weights in registers",
+            tactics=sm90.tactics,
+            version=sm90.VERSION,
+        ),
         _dispatch.Backend(
             "flashinfer_cutile",
             cutile.unsupported,
@@ -54,6 +77,7 @@ _MATMUL = _dispatch.Op(
     ),
     _fold,
     xla_matmul.matmul,
+    token_operands=(0, 2),
 )
 # Rounding has no useful derivative: the gradient is that of the unquantized product.
 _MATMUL_W8A8 = _dispatch.Op(
@@ -82,14 +106,15 @@ def mx_matmul(
     x: Float[Array, "*batch k"],
     w: MXArray | PreparedWeights,
     *,
+    bias: Float[Array, "*g n"] | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch n"]:
-    """Multiplies activations by MXFP8 weights (W8A16): `x @ w.T`.
+    """Multiplies activations by MXFP8 weights (W8A16): `x @ w.T + bias`.
 
-    The weights are widened exactly and the accumulation is float32. Differentiable
-    with respect to `x`. Under `jax.vmap` a batch axis of `x` becomes more rows of the
-    same product.
+    The weights are widened exactly, and the sum, bias included, is float32 and rounded
+    once. Differentiable with respect to `x` and the bias. Under `jax.vmap` a batch axis
+    of `x` becomes more rows of the same product.
 
     Args:
         x: Activations `[..., k]`, bfloat16, float16 or float32.
@@ -97,6 +122,7 @@ def mx_matmul(
             array: the contracted axis is the one that the blocks run along. With
             leading axes, `[*g, n, k]`, `x` is `[*g, m, k]` and each group has its own
             weights.
+        bias: `[*g, n]` of any float dtype; None for none.
         out_dtype: Dtype of the result; None for that of `x`.
         implementation: Which backend runs. None chooses, see `explain`. A named one is
             never replaced by another.
@@ -105,12 +131,12 @@ def mx_matmul(
         Array `[..., n]` of `out_dtype`.
 
     Raises:
-        TypeError: If `x` is not a float array or `w` not an `MXArray`.
+        TypeError: If `x` or the bias is not a float array, or `w` not an `MXArray`.
         ValueError: If shapes disagree, or `implementation` is unknown.
         NotImplementedError: If the named implementation cannot run these operands on
             this device; the message says why.
     """
-    return _matmul(_MATMUL, x, w, out_dtype, implementation)
+    return _matmul(_MATMUL, x, w, out_dtype, implementation, bias)
 
 
 def mx_matmul_w8a8(
@@ -124,8 +150,9 @@ def mx_matmul_w8a8(
 
     `q` is `quantize` along k, with one scale per 32 activations. The gradient with
     respect to `x` is that of `mx_matmul`, as if `x` had not been rounded. `w` may also
-    be what `jmx8.prepare` made of an `MXArray`. Otherwise the arguments, the result and
-    the errors are those of `mx_matmul`.
+    be what `jmx8.prepare` made of an `MXArray`. There is no bias, since FlashInfer's
+    kernel rounds the product. Otherwise the arguments, the result and the errors are
+    those of `mx_matmul`.
     """
     return _matmul(_MATMUL_W8A8, x, w, out_dtype, implementation)
 
@@ -151,8 +178,8 @@ def prepare_matmul(
     return _dispatch.prepare(_MATMUL_W8A8, implementation, options, x, w)[1]
 
 
-def _matmul(op, x, w, out_dtype, implementation):
-    _check_operands(op.name, x, w)
+def _matmul(op, x, w, out_dtype, implementation, bias=None):
+    _check_operands(op.name, x, w, bias)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if isinstance(w, MXArray):
         if w.padding:
@@ -162,11 +189,14 @@ def _matmul(op, x, w, out_dtype, implementation):
     num_groups = w.ndim - 2
     m = math.prod(x.shape[num_groups:-1])
     rows = x.reshape(*x.shape[:num_groups], m, x.shape[-1])
-    out = _dispatch.call(op, implementation, {"out_dtype": out_dtype}, rows, w)
+    # Of the rows of each group: all have the same.
+    biases = () if bias is None else (bias[..., None, :],)
+    options = {"out_dtype": out_dtype}
+    out = _dispatch.call(op, implementation, options, rows, w, *biases)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _check_operands(name, x, w):
+def _check_operands(name, x, w, bias):
     if not isinstance(w, MXArray | PreparedWeights):
         raise TypeError(
             f"{name}: w must be an MXArray, got {type(w).__name__}. Use "
@@ -185,6 +215,15 @@ def _check_operands(name, x, w):
         raise ValueError(
             f"{name}: x must be [*g, m, k] for weights [*g, n, k], got {x.shape=} and "
             f"{w.shape=}. Broadcast x over the groups, or use jax.vmap."
+        )
+    if bias is None:
+        return
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(f"{name}: bias must be a float array, got dtype {bias.dtype}.")
+    if bias.shape != shape[:-1]:
+        raise ValueError(
+            f"{name}: bias must have shape {shape[:-1]}, one value for each row of the "
+            f"weights, got {bias.shape}."
         )
 
 

@@ -15,6 +15,7 @@ from ..kernels import xla_moe
 from ..kernels._prepared import PreparedWeights
 from ..kernels.cutile import moe as cutile
 from ..kernels.flashinfer import backends as flashinfer
+from ..kernels.sm90 import moe as sm90
 from ..kernels.xla_activation import (
     Activation as Activation,
     apply_activation as apply_activation,
@@ -99,10 +100,19 @@ def flashinfer_backend(reason: str, kernel: flashinfer.MoEBackend) -> _dispatch.
 
 _XLA = functools.partial(xla_moe.moe, quantize_activations=False)
 _XLA_W8A8 = functools.partial(xla_moe.moe, quantize_activations=True)
+_TOKEN_OPERANDS = (0, 3, 4)  # x, ids, weights
 
 _MOE = _dispatch.Op(
     "mx_moe",
     (
+        _dispatch.Backend(
+            "sm90",
+            sm90.unsupported,
+            sm90.run,
+            "widens the weights in registers",
+            tactics=sm90.tactics,
+            version=sm90.VERSION,
+        ),
         _dispatch.Backend(
             "flashinfer_cutile",
             cutile.unsupported,
@@ -113,6 +123,7 @@ _MOE = _dispatch.Op(
     ),
     _fold,
     _XLA,
+    _TOKEN_OPERANDS,
 )
 _MOE_W8A8 = _dispatch.Op(
     "mx_moe_w8a8",
@@ -129,6 +140,7 @@ _MOE_W8A8 = _dispatch.Op(
     ),
     _fold,
     _XLA,  # The gradient is that of the unquantized activations.
+    _TOKEN_OPERANDS,
 )
 
 OPS = (_MOE, _MOE_W8A8)

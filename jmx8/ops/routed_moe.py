@@ -116,6 +116,7 @@ _ROUTED_MOE_W8A8 = _dispatch.Op(
     ),
     _fold,
     functools.partial(_layer, as_kernel=False),
+    token_operands=(0, 3),
 )
 
 OPS = (_ROUTED_MOE_W8A8,)

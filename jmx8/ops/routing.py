@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from .._types import Implementation
 from ..kernels import xla_routing
+from ..kernels.sm90 import routing as sm90
 from ..kernels.xla_routing import RoutingMethod as RoutingMethod
 from . import _dispatch
 
@@ -46,7 +47,12 @@ def fold_routing(axis_size, batched, logits, bias):
 
 _ROUTE = _dispatch.Op(
     "route",
-    (_dispatch.xla_backend(xla_routing.route),),
+    (
+        _dispatch.Backend(
+            "sm90", sm90.unsupported, sm90.run, "does everything in one launch"
+        ),
+        _dispatch.xla_backend(xla_routing.route),
+    ),
     fold_routing,
     xla_routing.route,
 )

@@ -22,7 +22,11 @@ MOST_ROWS = 1024
 
 
 def unsupported(
-    x: Float[Array, "*g m k"], w: MXArray | PreparedWeights, *, out_dtype: DTypeLike
+    x: Float[Array, "*g m k"],
+    w: MXArray | PreparedWeights,
+    bias: Float[Array, "r n"] | None = None,
+    *,
+    out_dtype: DTypeLike,
 ) -> str | None:
     """Returns why `run` cannot run here, or should not; None if it can."""
     if problem := _backend.why_not_here():
@@ -43,11 +47,24 @@ def unsupported(
             f"when there are more than {MOST_ROWS}, and x has {num_rows}"
         )
     arch = _backend.target().arch
-    return _backend.why_not_built(required_cubins(arch, num_rows, n, k, out_dtype))
+    dtype = out_dtype if bias is None else jnp.float32
+    return _backend.why_not_built(required_cubins(arch, num_rows, n, k, dtype))
 
 
-def run(x: Float[Array, "m k"], w: MXArray, *, out_dtype: DTypeLike) -> Array:
-    """Computes `x @ w.T`; see `ops.matmul.mx_matmul`. Two runs give the same bits."""
+def run(
+    x: Float[Array, "m k"],
+    w: MXArray,
+    bias: Float[Array, "r n"] | None = None,
+    *,
+    out_dtype: DTypeLike,
+) -> Float[Array, "m n"]:
+    """Computes `x @ w.T + bias`; see `ops.matmul.mx_matmul`.
+
+    Two runs give the same bits.
+    """
+    if bias is not None:
+        out = run(x, w, out_dtype=jnp.float32)
+        return (out + bias.astype(jnp.float32)).astype(out_dtype)
     arch = _backend.target().arch
     operands, structure = jax.tree.flatten((x, w))
     product = _product(

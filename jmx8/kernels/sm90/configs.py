@@ -1,0 +1,117 @@
+"""Which configuration a matmul runs with, by how much there is to do.
+
+The table is `configs.json`, which `benchmarks/tune_sm90.py` measures and writes.
+"""
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+
+class GemmConfig(NamedTuple):
+    """How a matmul is computed; `csrc/kernels.h` says what the fields mean."""
+
+    kernel: int
+    tile_rows: int
+    variant: int
+    split_k: int
+
+
+# What tactics that were measured belong to: changes when a configuration comes to mean
+# something else.
+VERSION = "1"
+
+# The variants of each number of tile rows, and those that a first expert matmul can
+# have, with a gather and a gate: of gemm_mma.cu and of gemm_wgmma.cu.
+_MMA = dict.fromkeys((1, 8, 16), range(11))
+_MMA_FIRST = (3, 4, 5, 6, 8, 9, 10)
+_WGMMA = {
+    **dict.fromkeys((8, 16), (0, 1, 3)),
+    **{32: (0, 2, 3), 64: (0, 2, 3, 4), 128: (2, 3, 4), 256: (5,)},
+}
+_WGMMA_FIRST = (3, 4)
+_WGMMA_SPLIT_K = (1, 2, 4, 8)
+
+
+def _compiled() -> Iterator[GemmConfig]:
+    for rows, variants in _MMA.items():
+        yield from (GemmConfig(0, rows, variant, 1) for variant in variants)
+    for rows, variants in _WGMMA.items():
+        for variant, split_k in itertools.product(variants, _WGMMA_SPLIT_K):
+            yield GemmConfig(1, rows, variant, split_k)
+
+
+CONFIGS = tuple(_compiled())
+FIRST_CONFIGS = tuple(
+    c for c in CONFIGS if c.variant in (_MMA_FIRST, _WGMMA_FIRST)[c.kernel]
+)
+
+
+def dense_config(m: int, n: int, k: int) -> GemmConfig:
+    """Returns the configuration for x `[m, k]` and w `[n, k]`."""
+    entries = _nearest(_table()["dense"], n * k, lambda e: e["n"] * e["k"])
+    # A tile for fewer rows would read the weights more than once.
+    enough = [entry for entry in entries if entry["m"] >= m]
+    best = min(enough, key=_rows) if enough else max(entries, key=_rows)
+    return GemmConfig(*best["config"])
+
+
+def moe_configs(
+    num_rows: int, num_experts: int, h: int, i: int
+) -> tuple[GemmConfig, GemmConfig]:
+    """Returns the configurations of a layer's two matmuls, of equal `tile_rows`.
+
+    Args:
+        num_rows: Tokens times experts per token.
+        num_experts: Experts of the layer.
+        h: Hidden size.
+        i: Intermediate size.
+    """
+    entries = _nearest(_table()["moe"], h * i, lambda e: e["h"] * e["i"])
+    # What counts is how full the tiles are.
+    rows = max(1, num_rows) / num_experts
+    (best, *_) = _nearest(entries, rows, lambda e: e["rows_per_expert"])
+    return _pair(best)
+
+
+def dense_candidates() -> list[GemmConfig]:
+    """Returns the configurations that are the fastest for something."""
+    return _distinct(GemmConfig(*e["config"]) for e in _table()["dense"])
+
+
+def moe_candidates() -> list[tuple[GemmConfig, GemmConfig]]:
+    """Returns the pairs that go together of those that are the fastest somewhere."""
+    firsts, seconds = map(_distinct, zip(*map(_pair, _table()["moe"]), strict=True))
+    pairs = itertools.product(firsts, seconds)
+    return [(a, b) for a, b in pairs if a.tile_rows == b.tile_rows]
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    path = pathlib.Path(__file__).with_name("configs.json")
+    return json.loads(path.read_text())
+
+
+def _pair(entry: dict[str, Any]) -> tuple[GemmConfig, GemmConfig]:
+    return GemmConfig(*entry["first"]), GemmConfig(*entry["second"])
+
+
+def _rows(entry: dict[str, Any]) -> int:
+    return entry["m"]
+
+
+def _distinct(items: Any) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def _nearest(
+    entries: Sequence[Any], size: int | float, size_of: Callable[[Any], int | float]
+) -> list[Any]:
+    """Returns the entries whose size is nearest as a ratio; all of them have one."""
+    distance = lambda entry: abs(math.log(size_of(entry) / size))
+    least = min(map(distance, entries))
+    return [entry for entry in entries if distance(entry) == least]
