@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmx8 import dequantize, MXArray, quantize
+from jmx8 import _mx_array, dequantize, MXArray, quantize
 
 from .helpers import assert_bits_equal
 
@@ -109,7 +109,7 @@ def test_wrong_scales_shape_is_reported(x):
 
 def test_bad_arguments_of_quantize(x):
     with pytest.raises(TypeError, match="must be a float array, got dtype int32"):
-        inspect.unwrap(quantize)(jnp.zeros((4, 32), jnp.int32))
+        inspect.unwrap(_mx_array.quantize)(jnp.zeros((4, 32), jnp.int32))
     with pytest.raises(ValueError, match="axis must be -1 or -2"):
         quantize(x, axis=0)
     with pytest.raises(ValueError, match="axis must be -1 or -2"):
