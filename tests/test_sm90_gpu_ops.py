@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks._timing import kernel_times, replay_seconds
 from jmx8 import _numerics, explain, mx_matmul, mx_moe, quantize, route
@@ -102,7 +102,7 @@ def test_vmap_of_a_layer_over_sequences():
 
 
 def test_shard_map_over_one_device():
-    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
     spec = PartitionSpec
     x, w = normal(0, 9, 256), quantize(normal(1, 192, 256))
     sharded = jax.shard_map(
@@ -164,7 +164,7 @@ ROUTINGS = {
 def test_route_selects_as_xla_does(case, e, dtype, with_bias):
     logits = jax.random.normal(jax.random.key(e), (333, e))
     # In eighths there are ties, of experts and of groups.
-    logits = jnp.concatenate([logits, jnp.round(logits * 8) / 8, 0 * logits[:3]])
+    logits = jnp.concatenate([logits, jnp.round(logits * 8) / 8, jnp.zeros((3, e))])
     logits = logits.astype(jnp.bfloat16).astype(dtype)
     bias = jnp.round(jax.random.normal(jax.random.key(1), (e,)) * 4) / 4
     bias = bias.astype(jnp.float32) if with_bias else None

@@ -1,0 +1,268 @@
+"""Measures the configurations of the Hopper kernels and writes `configs.json`.
+
+For each shape the compiled configurations that could be the fastest are checked against
+float32, and those that are right are timed: the matmul alone, captured into a CUDA
+graph that goes through weights which together exceed the cache 10 times. The library is
+called on torch's tensors, since compiling each configuration into an XLA program would
+take minutes. The fastest go to the table that `jmx8/kernels/sm90/configs.py` reads;
+entries of other shapes stay.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import statistics
+import sys
+
+import torch
+import tvm_ffi
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from jmx8.kernels.sm90 import configs
+from tests import sm90_calls as calls
+
+
+TABLE = pathlib.Path(configs.__file__).with_name("configs.json")
+DENSE_SHAPES = ((4096, 12288), (2048, 5120), (4096, 4096))
+DENSE_ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+# Experts here, of how many, hidden, intermediate, and tokens.
+MOE_SHAPES = (
+    (128, 128, 2048, 768, (1, 16, 64, 128, 256, 1024, 4096)),
+    (32, 256, 7168, 2048, (16, 128, 1024, 4096)),
+)
+TOP_K = 8
+WEIGHT_BYTES = 600_000_000
+# Rounding the result to bfloat16 alone gives 1.7e-3.
+ALLOWED_ERROR = 3e-3
+
+
+def make_weight(*shape) -> calls.Weight:
+    values = torch.randn(shape, device="cuda") * 100
+    elements = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = (*shape[:-1], shape[-1] // 32)
+    codes = torch.randint(113, 116, scales, dtype=torch.uint8, device="cuda")
+    return calls.Weight(elements, codes)
+
+
+def widened(w: calls.Weight, index=...) -> torch.Tensor:
+    """Returns the values of a weight, or of one expert's, as float32."""
+    part = calls.Weight(w.elements[index], w.scales[index])
+    scales = torch.exp2(part.scales.float() - 127).repeat_interleave(32, dim=-1)
+    return part.elements.view(torch.float8_e4m3fn).float() * scales
+
+
+def graph_us(launches) -> float:
+    """Returns the µs of a launch, of several that one CUDA graph holds."""
+    graph = torch.cuda.CUDAGraph()
+    with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
+        for launch in launches:
+            launch()
+    times = []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times[1:])
+
+
+def search(label, candidates, launch, weights, out, exact):
+    """Returns pairs of µs and configuration, the fastest first.
+
+    Args:
+        label: What is printed.
+        candidates: Configurations.
+        launch: `launch(config, w)` computes `out` for one of the weights.
+        weights: What one launch after the other takes.
+        out: The result.
+        exact: What its first rows must be for the first weight.
+    """
+    found, norm = [], exact.norm()
+    for config in candidates:
+        out.fill_(torch.nan)
+        launch(config, weights[0])
+        error = float((out[: len(exact)].float() - exact).norm() / norm)
+        if not error <= ALLOWED_ERROR:  # NaN is wrong, too
+            print(f"  WRONG: {label} {tuple(config)}: error {error:.1e}", flush=True)
+            continue
+        launches = [functools.partial(launch, config, w) for w in weights]
+        found.append((graph_us(launches), config))
+    if not found:
+        raise RuntimeError(f"{label}: no configuration is right.")
+    found.sort()
+    best = "  ".join(f"{tuple(c)} {us:.1f}" for us, c in found[:4])
+    print(f"{label}: {best}", flush=True)
+    return found
+
+
+def tile_sizes(rows: float) -> set[int]:
+    """Returns the numbers of tile rows that could suit so many rows."""
+    sizes = {config.tile_rows for config in configs.CONFIGS}
+    return {s for s in sizes if min(rows / 4, 64) <= s <= max(8, 4 * rows)}
+
+
+def tune_dense(k, n, rows):
+    count = max(4, WEIGHT_BYTES // (n * k))
+    weights = [make_weight(n, k) for _ in range(count)]
+    first = widened(weights[0])
+    for m in rows:
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        out = calls.empty((m, n))
+        candidates = [
+            c
+            for c in configs.CONFIGS
+            if c.tile_rows in tile_sizes(m) and (m <= 256 or c.split_k == 1)
+        ]
+        found = search(
+            f"{k} to {n}, {m} rows",
+            candidates,
+            functools.partial(launch_gemm, x=x, out=out),
+            weights if m <= 256 else weights[:6],
+            out,
+            x.float() @ first.T,
+        )
+        us, config = found[0]
+        yield {"m": m, "n": n, "k": k, "config": list(config), "us": round(us, 1)}
+
+
+def launch_gemm(config, w, *, x, out, places=None, gather=False, activation=0):
+    """Launches the matmul, or an expert matmul that `places` sorts rows for."""
+    grouped = (
+        (places.slot_rows if gather else None, places.tiles, places.num_tiles)
+        if places
+        else (None, None, None)
+    )
+    parameters = (activation, 0.0, 0.0, float("inf"))
+    operands = (x, w.elements, w.scales, None, out)
+    calls.call("gemm", *operands, *grouped, *parameters, *config)
+
+
+def expert_rows(ids, here):
+    """Returns (expert, flat indices of its routed rows), in the order of slots."""
+    flat = ids.reshape(-1)
+    return [(e, torch.nonzero(flat == e)[:, 0]) for e in range(here)]
+
+
+def exact_layer(x, w13, w2, routed):
+    """Returns what both matmuls give for the slots in use, as float32."""
+    hidden, out = [], []
+    for e, rows in routed:
+        if len(rows):
+            h = x[rows // TOP_K].float() @ widened(w13, e).T
+            gate, up = h.chunk(2, dim=-1)
+            hidden.append((torch.nn.functional.silu(gate) * up).bfloat16())
+            out.append(hidden[-1].float() @ widened(w2, e).T)
+    return torch.cat(hidden), torch.cat(out)
+
+
+def tune_layer(label, sets, x, ids, sizes):
+    """Returns µs and configurations of both matmuls of a layer, for one routing."""
+    here, h, i = sets[0][1].elements.shape
+    w13, w2 = ([pair[n] for pair in sets] for n in range(2))
+    exact_hidden, exact_out = exact_layer(x, w13[0], w2[0], expert_rows(ids, here))
+    hidden, out = (calls.empty((ids.numel(), size)) for size in (i, h))
+    rounded = torch.zeros_like(hidden)
+    rounded[: len(exact_hidden)] = exact_hidden
+    best = []
+    for size in sizes:
+        places = calls.permute(ids, here, size, TOP_K)
+        first = functools.partial(
+            launch_gemm,
+            x=x,
+            out=hidden,
+            places=places,
+            gather=True,
+            activation=calls.ACTIVATIONS["silu"],
+        )
+        second = functools.partial(launch_gemm, x=rounded, out=out, places=places)
+        fit = lambda c: c.tile_rows == size  # noqa: B023
+        firsts = search(
+            f"{label}, first",
+            filter(fit, configs.FIRST_CONFIGS),
+            first,
+            w13,
+            hidden,
+            exact_hidden.float(),
+        )
+        seconds = search(
+            f"{label}, second",
+            filter(fit, configs.CONFIGS),
+            second,
+            w2,
+            out,
+            exact_out,
+        )
+        (us1, config1), (us2, config2) = firsts[0], seconds[0]
+        best.append((us1 + us2, config1, config2))
+    return min(best)
+
+
+def tune_moe(here, experts, h, i, tokens):
+    count = max(1, WEIGHT_BYTES // (3 * here * h * i))
+    sets = [
+        (make_weight(here, 2 * i, h), make_weight(here, h, i)) for _ in range(count)
+    ]
+    can_be_first = {config.tile_rows for config in configs.FIRST_CONFIGS}
+    for t in tokens:
+        # The local experts are the first ones; the others are no experts here.
+        ids = torch.rand(t, experts, device="cuda").topk(TOP_K).indices.int()
+        sizes = sorted(tile_sizes(t * TOP_K / experts) & can_be_first)
+        label = f"{here} of {experts} experts, {h} and {i}, {t} tokens"
+        x = torch.randn(t, h, device="cuda").bfloat16()
+        us, first, second = tune_layer(label, sets, x, ids, sizes)
+        yield {
+            "rows_per_expert": t * TOP_K / here,
+            "h": h,
+            "i": i,
+            "first": list(first),
+            "second": list(second),
+            "us": round(us, 1),
+        }
+
+
+def write(table, kind, key, entries):
+    """Replaces the entries of the same shape, and writes one to a line."""
+    shapes = {key(entry) for entry in entries}
+    kept = [entry for entry in table[kind] if key(entry) not in shapes]
+    table[kind] = kept + entries
+    lines = []
+    for name, value in table.items():
+        if isinstance(value, list):
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
+            lines.append(f" {json.dumps(name)}: [\n{rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dense", action="store_true", help="only these")
+    parser.add_argument("--moe", action="store_true", help="only these")
+    parser.add_argument("--rows", type=int, nargs="*", default=DENSE_ROWS)
+    args = parser.parse_args()
+    both = args.dense == args.moe
+    measured = f"{torch.cuda.get_device_name()}, {datetime.date.today()}"
+    table = {"measured": measured} | json.loads(TABLE.read_text())
+    table["measured"] = measured
+    torch.manual_seed(0)
+    print(f"{table['measured']}, torch {torch.__version__}", flush=True)
+    if args.dense or both:
+        for k, n in DENSE_SHAPES:
+            entries = list(tune_dense(k, n, args.rows))
+            write(table, "dense", lambda e: (e["n"], e["k"]), entries)
+    if args.moe or both:
+        for shape in MOE_SHAPES:
+            entries = list(tune_moe(*shape))
+            write(table, "moe", lambda e: (e["h"], e["i"]), entries)
+    print(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    main()
