@@ -7,8 +7,10 @@ poisoned, so that nothing can depend on it.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tvm_ffi
@@ -47,6 +49,23 @@ def use(monkeypatch):
         replaced = dataclasses.replace(kernel, load=load, platform="cpu")
         monkeypatch.setattr(kernels, name, replaced)
     return calls
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16) -> Any:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def assert_close(out, expected):
+    """Sums in another order, rounded once more on the way at most."""
+    assert out.dtype == expected.dtype and out.shape == expected.shape
+    out, expected = (np.asarray(a, np.float64) for a in (out, expected))
+    scale = np.sqrt(np.mean(expected**2))
+    np.testing.assert_allclose(out, expected, rtol=2**-7, atol=2**-7 * scale)
+
+
+def names_of(calls):
+    """Returns the functions that were called, in order."""
+    return [name for name, _ in calls]
 
 
 def gemm(

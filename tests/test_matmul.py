@@ -142,6 +142,59 @@ def test_gradient_through_a_module_leaves_weights_alone():
     np.testing.assert_array_equal(gradients.bias, jnp.full(8, 3.0))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_bias_is_added_before_the_rounding(dtype):
+    x, w = operands(5, 8, 70)
+    bias = 100 * jax.random.normal(jax.random.key(1), (8,), dtype)
+    out = mx_matmul(x, w, bias=bias)
+    wide = mx_matmul(x, w, out_dtype=jnp.float32) + bias.astype(jnp.float32)[None]
+    assert_bits_equal(out, wide.astype(jnp.bfloat16))
+    assert jnp.any(out != mx_matmul(x, w) + bias.astype(jnp.bfloat16)[None])
+    layer = MXLinear.from_weight(w, bias, activations="bf16")
+    assert_bits_equal(layer(x), out)
+
+
+def test_gradient_with_respect_to_the_bias():
+    x, w = operands(6, 8, 64, jnp.float32)
+    weights = jax.random.normal(jax.random.key(1), (6, 8))
+    loss = lambda bias: jnp.sum(mx_matmul(x, w, bias=bias) * weights)
+    gradient = jax.jit(jax.grad(loss))(jnp.ones(8))
+    np.testing.assert_allclose(gradient, jnp.sum(weights, axis=0), rtol=1e-5)
+    each = jax.vmap(
+        jax.grad(lambda bias, x, c: jnp.sum(mx_matmul(x, w, bias=bias) * c)),
+        (None, 0, 0),
+    )(jnp.ones(8), x, weights)
+    np.testing.assert_allclose(each, weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias_axis", [None, 0])
+@pytest.mark.parametrize("w_axis", [None, 0])
+@pytest.mark.parametrize("x_axis", [None, 0])
+def test_vmap_over_the_bias_is_one_matmul(x_axis, w_axis, bias_axis):
+    axes = (x_axis, w_axis, bias_axis)
+    if not any(axis == 0 for axis in axes):
+        return
+    x, w = operands(6, 8, 64)
+    bias = jax.random.normal(jax.random.key(1), (8,))
+    stack = lambda a, axis: a if axis is None else jnp.stack([a, -a, a])
+    stack_bytes = lambda a: jnp.stack([a, a, a])
+    given = (
+        stack(x, x_axis),
+        w if w_axis is None else jax.tree.map(stack_bytes, w),
+        stack(bias, bias_axis),
+    )
+    op = lambda x, w, bias: mx_matmul(x, w, bias=bias)
+    assert count_dots(jax.vmap(op, axes), *given) == 1
+    out = jax.vmap(op, axes)(*given)
+    sign = lambda axis: 1 if axis is None else -1
+    assert_bits_equal(out[1], op(x * sign(x_axis), w, bias * sign(bias_axis)))
+    twice = [
+        a if axis is None else jax.tree.map(stack_bytes, a)
+        for a, axis in zip(given, axes, strict=True)
+    ]
+    assert_bits_equal(jax.vmap(jax.vmap(op, axes), axes)(*twice)[2], out)
+
+
 def test_inside_scan_and_shard_map_and_eval_shape():
     x, w = operands(4, 64, 64)
     step = lambda x, _: (mx_matmul(x, w), None)
@@ -166,6 +219,10 @@ def test_mismatched_operands_are_named():
         unchecked(x, dequantize(w))
     with pytest.raises(TypeError, match="x must be a float array, got dtype int32"):
         unchecked(x.astype(jnp.int32), w)
+    with pytest.raises(ValueError, match=r"bias must have shape \(8,\), .* got \(4,\)"):
+        mx_matmul(x, w, bias=jnp.ones(4))
+    with pytest.raises(TypeError, match="bias must be a float array, got dtype int32"):
+        unchecked(x, w, bias=jnp.ones(8, jnp.int32))
     stack: MXArray = jax.tree.map(lambda a: jnp.stack([a, a]), w)
     with pytest.raises(ValueError, match=r"x must be \[\*g, m, k\] for weights"):
         mx_matmul(x, stack)

@@ -24,7 +24,7 @@ MOST_ROWS = 1024
 def unsupported(
     x: Float[Array, "*g m k"],
     w: MXArray | PreparedWeights,
-    bias: Float[Array, "r n"] | None = None,
+    bias: Float[Array, "*g r n"] | None = None,
     *,
     out_dtype: DTypeLike,
 ) -> str | None:
