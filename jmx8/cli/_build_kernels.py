@@ -9,9 +9,14 @@ from collections.abc import Iterator, Sequence
 from ..checkpoint.folder import open_folder
 from ..kernels._buildable import Buildable
 from ..kernels.cutile import ahead
-from ..kernels.flashinfer.modules import arch_of, BUILDABLES, parse_arch
+from ..kernels.flashinfer import modules
+from ..kernels.flashinfer.modules import arch_of, parse_arch
+from ..kernels.sm90 import library
 from ..models import Qwen3Config
 from ._console import err, out
+
+
+BUILDABLES = (library.BUILDABLE, *modules.BUILDABLES)
 
 
 def build_kernels(

@@ -11,6 +11,7 @@ from .._device import compute_capability, default_device, resolve_activations
 from .._mx_array import quantize
 from ..kernels._adapter import adapter_path, adapter_unavailable
 from ..kernels.flashinfer import modules
+from ..kernels.sm90 import library
 from ..ops._dispatch import Op
 from ..ops.matmul import OPS as MATMUL_OPS
 from ..ops.moe import OPS as MOE_OPS
@@ -49,6 +50,7 @@ def diagnose() -> dict[str, Any]:
         else ".".join(map(str, capability)),
         "activations_auto": resolve_activations("auto"),
         "ffi_adapter": _adapter_facts(),
+        "sm90": library.diagnose(),
         "modules": [] if capability is None else modules.diagnose(capability),
         "backends": [row for op in _example_calls() for row in _backends(*op)],
     }
@@ -67,6 +69,7 @@ def format_diagnosis(facts: dict[str, Any]) -> str:
         f"compute capability   {capability}",
         f'activations "auto"   {facts["activations_auto"]} ({meaning})',
         f"ffi adapter          {facts['ffi_adapter']['answer']}",
+        f"sm90 kernels         {_library_answer(facts['sm90'])}",
         "",
         f"{'op':<20} {'backend':<20} can run here",
     ]
@@ -87,6 +90,18 @@ def _adapter_facts() -> dict[str, Any]:
     path = adapter_path()
     answer = f"built, {path}" if path.exists() else "compiled at the first call"
     return {"path": str(path), "answer": answer}
+
+
+def _library_answer(row: dict[str, Any]) -> str:
+    if row["path"] is not None:
+        origin = "in the wheel" if row["is_prebuilt"] else "built"
+        answer = f"{origin} in {row['seconds']:.0f} s"
+        answer += f" by nvcc {row['nvcc']}, {row['path']}"
+    elif row["problem"] is not None:
+        answer = f"no: {row['problem']}"
+    else:
+        answer = "compiled at the first call"
+    return "; ".join(filter(None, [answer, row["prebuilt_problem"]]))
 
 
 def _module_answer(row: dict[str, Any]) -> str:

@@ -98,10 +98,18 @@ def prebuilt_problem() -> str | None:
 
 def unbuildable() -> str | None:
     """Returns what is missing to build the library, None if nothing is."""
+    if problem := missing_toolkit():
+        return problem
+    if _tvm_ffi_version() is None:
+        return "tvm_ffi is not installed: `pip install jmx8[cuda]`"
+    return None
+
+
+def missing_toolkit() -> str | None:
+    """Returns what the CUDA toolkit here lacks for a build, None if nothing."""
     if problem := _toolchain.missing_compiler():
         return problem
-    home = _toolchain.cuda_home()
-    version = nvcc_version()
+    home, version = _toolchain.cuda_home(), nvcc_version()
     if home is None or version is None:
         return f"{home}/bin/nvcc does not tell its version"
     if tuple(map(int, version.split(".")[:2])) < _OLDEST_NVCC:
@@ -114,8 +122,6 @@ def unbuildable() -> str | None:
             f"{', '.join(missing)} is neither in the CUDA toolkit {home} nor in an "
             "installed package: `pip install jmx8[build]`"
         )
-    if _tvm_ffi_version() is None:
-        return "tvm_ffi is not installed: `pip install jmx8[cuda]`"
     return None
 
 

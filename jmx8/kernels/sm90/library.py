@@ -72,17 +72,19 @@ def load() -> Any:
 def diagnose() -> dict[str, Any]:
     """Returns where the library is or what it lacks.
 
-    The keys are "path", "problem", and "seconds" and "nvcc" of its build; what does not
-    apply is None. "prebuilt" says why the one that the wheel brought is not used.
+    The keys are "path", "is_prebuilt", "problem", and "seconds" and "nvcc" of its
+    build; what does not apply is None. "prebuilt_problem" says why the one that the
+    wheel brought is not used.
     """
     path = _build.find()
     facts = {} if path is None else _build.record(path)
     return {
         "path": path and str(path),
+        "is_prebuilt": path == _build.PREBUILT,
         "problem": _build.unbuildable() if path is None else None,
         "seconds": facts.get("seconds"),
         "nvcc": facts.get("nvcc"),
-        "prebuilt": _build.prebuilt_problem(),
+        "prebuilt_problem": _build.prebuilt_problem(),
     }
 
 
