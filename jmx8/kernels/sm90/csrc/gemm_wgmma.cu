@@ -21,7 +21,7 @@ Encode FindEncode() {
   return reinterpret_cast<Encode>(function);
 }
 
-const char* EncodeMaps(const Gemm& g, int box_n, int k, int rows, bool gathers,
+const char* EncodeMaps(const Gemm& g, int box_n, int k, int box_rows, bool gathers,
                        CUtensorMap* w_map, CUtensorMap* x_map) {
   static const Encode encode = FindEncode();
   if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
@@ -45,7 +45,7 @@ const char* EncodeMaps(const Gemm& g, int box_n, int k, int rows, bool gathers,
   }
   const cuuint64_t size[2] = {cuuint64_t(g.k), cuuint64_t(g.num_x_rows)};
   const cuuint64_t pitch[1] = {cuuint64_t(g.k) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(rows)};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
   if (encode(x_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(g.x), size,
              pitch, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -59,13 +59,15 @@ template <class S>
 const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   CUtensorMap w_map, x_map;
   if (const char* error =
-          EncodeMaps(g, S::kBoxN, S::kK, S::kRows, S::kGathers, &w_map, &x_map)) {
+          EncodeMaps(g, S::kBoxN, S::kK, S::kRows / S::kCluster, S::kGathers, &w_map, &x_map)) {
     return error;
   }
   Arguments a{g, 0, 0, split_k, 1};
   const int columns = IsGated(g.activation) ? g.n / 2 : g.n;
   const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;
-  a.num_n_tiles = (columns + tile_n - 1) / tile_n;
+  const int tile_n_all = tile_n * S::kCluster;
+  a.num_n_tiles = (columns + tile_n_all - 1) / tile_n_all * S::kCluster;
+  if (S::kCluster > 1 && split_k > 1) return "blocks that share rows do not share k";
   a.num_row_tiles =
       g.tiles != nullptr ? g.max_tiles : (g.num_slots + S::kRows - 1) / S::kRows;
   if (g.tiles == nullptr) a.group_rows = a.num_row_tiles < 8 ? a.num_row_tiles : 8;
@@ -83,57 +85,47 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   config.stream = stream;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = split_k;
+  cluster.val.clusterDim.x = split_k * S::kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
-  config.numAttrs = split_k > 1;
+  config.numAttrs = split_k * S::kCluster > 1;
   error = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
-// The variants, as `kN x kK, how many warpgroups share k`; those with a trailing
-// "gated" compute gate and up together, and only they gather.
-//   0: 64 x 128, 2        1: 64 x 128, 4      2: 128 x 128, 1
-//   3: 128 x 128, 2, gated                    4: 256 x 64, 1, gated
-//   5: 128 x 64, 1
-// tile_rows 8, 16: 0, 1, 3; 32: 0, 2, 3; 64: 0, 2, 3, 4; 128: 2, 3, 4; 256: 5.
+// The variants, as `kN x kK`, warpgroups that share k, blocks per multiprocessor:
+//   0: 64 x 128, 2, 2     1: 64 x 128, 4, 1    2: 128 x 128, 1, 2 (1 from 128 rows)
+//   3: 128 x 128, 2, 2 (1 from 64 rows)        4: 256 x 64, 1, 1
+//   5: 128 x 64, 1, 1     6: as 5, and two blocks load rows for each other
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
   if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
   const bool gathers = g.slot_rows != nullptr;
-  if (IsGated(g.activation) && c.variant != 3 && c.variant != 4) {
-    return "a gated activation needs variant 3 or 4";
+#define JMX8_SHAPE(rows, variant_, cluster, ...)                                   \
+  if (c.tile_rows == rows && c.variant == variant_) {                              \
+    return gathers ? Launch<Shape<rows, __VA_ARGS__, 1, true>>(g, c.split_k, stream) \
+                   : Launch<Shape<rows, __VA_ARGS__, cluster, false>>(g, c.split_k,  \
+                                                                      stream);     \
   }
-#define JMX8_SHAPE(rows, variant_, blocks, side, deep, k, occupancy)                   \
-  if (c.tile_rows == rows && c.variant == variant_ && !gathers) {                      \
-    return Launch<Shape<rows, blocks, side, deep, k, occupancy, false>>(g, c.split_k,  \
-                                                                        stream);       \
-  }
-#define JMX8_GATED_SHAPE(rows, variant_, blocks, side, deep, k, occupancy)             \
-  JMX8_SHAPE(rows, variant_, blocks, side, deep, k, occupancy)                         \
-  if (c.tile_rows == rows && c.variant == variant_ && gathers) {                       \
-    return Launch<Shape<rows, blocks, side, deep, k, occupancy, true>>(g, c.split_k,   \
-                                                                       stream);        \
-  }
-  JMX8_SHAPE(8, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(8, 1, 1, 1, 4, 128, 1)
-  JMX8_GATED_SHAPE(8, 3, 2, 1, 2, 128, 2)
-  JMX8_SHAPE(16, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(16, 1, 1, 1, 4, 128, 1)
-  JMX8_GATED_SHAPE(16, 3, 2, 1, 2, 128, 2)
-  JMX8_SHAPE(32, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(32, 2, 1, 2, 1, 128, 2)
-  JMX8_GATED_SHAPE(32, 3, 2, 1, 2, 128, 2)
-  JMX8_SHAPE(64, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(64, 2, 1, 2, 1, 128, 2)
-  JMX8_GATED_SHAPE(64, 3, 2, 1, 2, 128, 1)
-  JMX8_GATED_SHAPE(64, 4, 2, 2, 1, 64, 1)
-  JMX8_SHAPE(128, 2, 1, 2, 1, 128, 1)
-  JMX8_GATED_SHAPE(128, 3, 2, 1, 2, 128, 1)
-  JMX8_GATED_SHAPE(128, 4, 2, 2, 1, 64, 1)
-  JMX8_SHAPE(256, 5, 1, 2, 1, 64, 1)
-#undef JMX8_GATED_SHAPE
+  JMX8_SHAPE(8, 0, 1, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(8, 1, 1, 1, 1, 4, 128, 1)
+  JMX8_SHAPE(8, 3, 1, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(16, 0, 1, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(16, 1, 1, 1, 1, 4, 128, 1)
+  JMX8_SHAPE(16, 3, 1, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(32, 0, 1, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(32, 2, 1, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(32, 3, 1, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(64, 0, 1, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(64, 2, 1, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(64, 3, 1, 2, 1, 2, 128, 1)
+  JMX8_SHAPE(64, 4, 1, 2, 2, 1, 64, 1)
+  JMX8_SHAPE(128, 2, 1, 1, 2, 1, 128, 1)
+  JMX8_SHAPE(128, 3, 1, 2, 1, 2, 128, 1)
+  JMX8_SHAPE(128, 4, 1, 2, 2, 1, 64, 1)
+  JMX8_SHAPE(256, 5, 1, 1, 2, 1, 64, 1)
+  JMX8_SHAPE(256, 6, 2, 1, 2, 1, 64, 1)
 #undef JMX8_SHAPE
   return "gemm_wgmma.cu has no such configuration";
 }

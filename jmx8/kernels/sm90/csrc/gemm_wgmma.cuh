@@ -12,18 +12,19 @@
 
 namespace jmx8::wgmma {
 
-// kRows: rows of x of a tile. kBlocks: blocks of 64 weight rows of a warpgroup; with
-// two, the second is that of `up` if gated. kSide, kDeep: warpgroups beside each other
-// in n, and such that share k. kK: k of a stage. kOccupancy: blocks per multiprocessor.
+// kRows: rows of x of a tile. kBlocks: blocks of 64 weight rows of a warpgroup. kSide,
+// kDeep: warpgroups beside each other in n, and such that share k. kK: k of a stage.
+// kOccupancy: blocks per multiprocessor.
 template <int kRows_, int kBlocks_, int kSide_, int kDeep_, int kK_, int kOccupancy_,
-          bool kGathers_>
+          int kCluster_, bool kGathers_>
 struct Shape {
+  static constexpr int kCluster = kCluster_;
   static constexpr int kRows = kRows_, kBlocks = kBlocks_, kSide = kSide_;
   static constexpr int kDeep = kDeep_, kK = kK_, kOccupancy = kOccupancy_;
   static constexpr bool kGathers = kGathers_;
 
-  static constexpr int kBoxN = 64 * kSide;
-  static constexpr int kN = kBoxN * kBlocks;
+  static constexpr int kN = 64 * kSide * kBlocks;
+  static constexpr int kBoxN = kN / 2;  // if gated, one box is the gate's, one that of up
   static constexpr int kConsumers = 128 * kSide * kDeep;
   // Large sums need registers that a whole producing warpgroup can give up.
   static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
@@ -62,12 +63,13 @@ struct Place {
 
 template <class S>
 __device__ bool FindPlace(const Arguments& a, Place* place) {
-  const int index = blockIdx.x / a.split_k;
+  const int index = blockIdx.x / (a.split_k * S::kCluster);
   // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
-  const int group = index / (a.group_rows * a.num_n_tiles);
+  const int num_n = a.num_n_tiles / S::kCluster;
+  const int group = index / (a.group_rows * num_n);
   const int first = group * a.group_rows;
   const int in_group = min(a.group_rows, a.num_row_tiles - first);
-  const int rest = index - first * a.num_n_tiles;
+  const int rest = index - first * num_n;
   const int row_tile = first + rest % in_group;
   if (a.gemm.tiles == nullptr) {
     place->expert = 0;
@@ -81,9 +83,10 @@ __device__ bool FindPlace(const Arguments& a, Place* place) {
     place->num_slots = tile.num_slots;
   }
   const bool gated = IsGated(a.gemm.activation);
-  place->n0 = rest / in_group * (gated ? S::kBoxN : S::kN);
+  const int n_tile = rest / in_group * S::kCluster + blockIdx.x % S::kCluster;
+  place->n0 = n_tile * (gated ? S::kBoxN : S::kN);
   // Whole words of four scales.
-  const int words = (a.gemm.k + 127) / 128, rank = blockIdx.x % a.split_k;
+  const int words = (a.gemm.k + 127) / 128, rank = blockIdx.x / S::kCluster % a.split_k;
   constexpr int kPerWord = 128 / S::kK;
   const int begin = words * rank / a.split_k, end = words * (rank + 1) / a.split_k;
   place->first_step = begin * kPerWord;
@@ -108,29 +111,61 @@ __device__ Shared DivideShared(uint32_t base) {
   return s;
 }
 
-// One word: the scales of 128 of k, 0 past the end.
+// Which stage is next, and which turn of the ring it is.
 template <class S>
-__device__ __forceinline__ void LoadScales(const Gemm& g, const Place& p, int k0,
-                                           uint32_t to, int lane) {
-  const int pitch = g.k / 32, first = k0 / 32;
-  const bool gated = IsGated(g.activation);
-#pragma unroll
-  for (int i = lane; i < S::kN; i += S::kProducers) {
-    const int box = i / S::kBoxN, row = i % S::kBoxN;
-    const int n = p.n0 + row + box * (gated ? g.n / 2 : S::kBoxN);
-    const uint8_t* from =
-        g.scales + (int64_t(p.expert) * g.n + min(n, g.n - 1)) * pitch + first;
-    if (pitch % 4 == 0) {
-      ptx::CopyAsync4(to + 4 * i, from);
-    } else {
-      uint32_t word = 0;
-      for (int j = 0; j < 4 && first + j < pitch; ++j) {
-        word |= uint32_t{from[j]} << (8 * j);
-      }
-      asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + 4 * i), "r"(word) : "memory");
+struct Ring {
+  int stage = 0;
+  uint32_t turn = 0;
+
+  __device__ __forceinline__ void Advance(int stages) {
+    stage += stages;
+    if (stage >= S::kStages) {
+      stage -= S::kStages;
+      turn ^= 1;
     }
   }
-}
+};
+
+// Copies the scales of 128 of k at a time: a word for each row of weights, 0 past k.
+template <class S>
+struct ScaleLoader {
+  static constexpr int kWords = (S::kN + S::kProducers - 1) / S::kProducers;
+
+  const uint8_t* from[kWords];
+  uint32_t to;
+  int pitch;
+  bool aligned;  // to words
+
+  __device__ __forceinline__ ScaleLoader(const Gemm& g, const Place& p, uint32_t scales,
+                                         int lane)
+      : to(scales + 4 * lane), pitch(g.k / 32), aligned(g.k % 128 == 0) {
+    const int distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int word = lane + i * S::kProducers;
+      const int n = p.n0 + word % S::kBoxN + word / S::kBoxN * distance;
+      from[i] = g.scales + (int64_t{p.expert} * g.n + min(n, g.n - 1)) * pitch;
+    }
+  }
+
+  __device__ __forceinline__ void Load(int slot, int k0, int lane) const {
+    const int first = k0 / 32;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (S::kN % S::kProducers != 0 && lane + i * S::kProducers >= S::kN) break;
+      const uint32_t at = to + slot * S::kScaleBytes + 4 * i * S::kProducers;
+      if (aligned) {
+        ptx::CopyAsync4(at, from[i] + first);
+      } else {
+        uint32_t word = 0;
+        for (int j = 0; j < 4 && first + j < pitch; ++j) {
+          word |= uint32_t{from[i][first + j]} << (8 * j);
+        }
+        ptx::StoreShared32(at, word);
+      }
+    }
+  }
+};
 
 template <class S>
 __device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
@@ -140,12 +175,12 @@ __device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
   for (int half = 0; half < S::kK / 64; ++half) {
     const int chunk = lane % 8, k = k0 + half * 64 + chunk * 8;
     const uint32_t bytes = k < g.k ? 16 : 0;
+    const auto* x = static_cast<const uint4*>(g.x) + (bytes ? k / 8 : 0);
+    to += half * S::kRows * 128;
+#pragma unroll 4
     for (int row = lane / 8; row < p.num_slots; row += S::kProducers / 8) {
-      const int64_t x_row = ptx::LoadShared32(s.slot_rows + 4 * row);
-      const auto* x = static_cast<const __nv_bfloat16*>(g.x) + x_row * g.k;
-      ptx::CopyAsync16(
-          to + half * S::kRows * 128 + row * 128 + ((chunk ^ (row & 7)) << 4),
-          x + (bytes ? k : 0), bytes);
+      const uint32_t first = ptx::LoadShared32(s.slot_rows + 4 * row);
+      ptx::CopyAsync16(to + row * 128 + ((chunk ^ (row & 7)) << 4), x + first, bytes);
     }
   }
 }
@@ -159,16 +194,18 @@ __device__ void Produce(const Arguments& a, const Place& p, const Shared& s,
   const bool once = g.tiles != nullptr || a.num_row_tiles == 1;
   const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
   constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
-  for (int i = 0; i < p.num_steps; ++i) {
-    const int stage = i % S::kStages, k0 = (p.first_step + i) * S::kK;
+  const ScaleLoader<S> scales(g, p, s.scales, lane);
+  Ring<S> ring, words;
+  for (int i = 0; i < p.num_steps; ++i, ring.Advance(1)) {
+    const int stage = ring.stage, k0 = (p.first_step + i) * S::kK;
     const uint32_t full = s.full + 8 * stage;
     if (i >= S::kStages) {
-      ptx::BarrierWait(s.empty + 8 * stage, (i / S::kStages - 1) & 1);
+      ptx::BarrierWait(s.empty + 8 * stage, ring.turn ^ 1);
     }
     if (lane == 0) {
       ptx::BarrierArriveExpect(full, kBytes);
 #pragma unroll
-      for (int box = 0; box < S::kBlocks; ++box) {
+      for (int box = 0; box < 2; ++box) {
         ptx::LoadTile3(
             s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK, w_map, full,
             k0, p.n0 + box * box_distance, p.expert, policy);
@@ -176,19 +213,23 @@ __device__ void Produce(const Arguments& a, const Place& p, const Shared& s,
       if constexpr (!S::kGathers) {
 #pragma unroll
         for (int half = 0; half < S::kK / 64; ++half) {
-          ptx::LoadTile2(s.rows + stage * S::kRowBytes + half * S::kRows * 128, x_map,
-                         full, k0 + half * 64, p.first_slot);
+          // Each block of the cluster loads its part of the rows for all.
+          constexpr int kPart = S::kRows / S::kCluster;
+          const int part = S::kCluster > 1 ? ptx::ClusterRank() * kPart : 0;
+          ptx::LoadTile2<S::kCluster>(
+              s.rows + stage * S::kRowBytes + (half * S::kRows + part) * 128, x_map,
+              full, k0 + half * 64, p.first_slot + part);
         }
       }
     }
     if (k0 % 128 == 0) {
-      const int slot = i / (128 / S::kK) % S::kStages;
-      LoadScales<S>(g, p, k0, s.scales + slot * S::kScaleBytes, lane);
+      scales.Load(words.stage, k0, lane);
+      words.Advance(1);
     }
     if constexpr (S::kGathers) {
       GatherRows<S>(g, p, s, k0, s.rows + stage * S::kRowBytes, lane);
     }
-    if (g.k % 128 == 0) {
+    if (scales.aligned) {
       ptx::BarrierArriveAfterCopies(full);
     } else {  // scales were stored, not copied
       asm volatile("cp.async.wait_all;" ::: "memory");
@@ -199,28 +240,24 @@ __device__ void Produce(const Arguments& a, const Place& p, const Shared& s,
 
 // Two e4m3, the first in the lower byte, to bf16, times 2^-120.
 __device__ __forceinline__ uint32_t Spread(uint32_t pair) {
-  // Each byte with copies of its sign above it.
-  const uint32_t extended = __byte_perm(pair, 0, 0x9180);
+  uint32_t extended;  // each byte with copies of its sign above it
+  asm("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(extended) : "r"(pair));
   return (extended << 4) & 0x87F087F0;
-}
-
-// Brings Spread(...) to the elements' own size: 2^120, twice.
-constexpr uint32_t kElementFactor = 0x7B807B80;
-
-// 2^(code - 127), twice. Two multiplications reach every code: bf16 has no 2^248.
-__device__ __forceinline__ uint32_t ScaleFactor(uint32_t code) {
-  const uint32_t bits = code == 0 ? 0x40 : code == 255 ? 0x7FC0 : code << 7;
-  return bits * 0x10001;
 }
 
 template <class S>
 struct Consumer {
   static constexpr int kSteps = S::kK / 16;  // of one stage
+  static constexpr int kBlockN = 64 * S::kSide;
 
   float sums[S::kBlocks][S::kRows / 2];
-  uint32_t pairs[S::kBlocks][4];  // the bytes of one step
-  uint32_t words[S::kBlocks][2];  // the scales of 128 of k, of which the lowest are next
-  uint32_t factors[S::kBlocks][2];
+  uint32_t pairs[2][S::kBlocks][4]; // the bytes of two steps
+  uint32_t codes[S::kBlocks][2];    // scales of one of four blocks of 32, by the lane
+  uint32_t fast[S::kBlocks][2];     // their FastFactor
+  uint32_t factors[S::kBlocks][2];  // of the block that is widened next
+  uint32_t extras[S::kBlocks][2];   // its ExtraFactor, if block_has_large
+  bool has_large, block_has_large;  // whether any of the warp's scales is
+  uint32_t offset;                  // of the lane's first pair in a stage
 
   // Two steps are under way: one is multiplied while the next is widened.
   __device__ __forceinline__ void Run(const Place& p, const Shared& s, int side,
@@ -228,94 +265,146 @@ struct Consumer {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int row = side * 64 + warp * 16 + lane / 4;
     const uint32_t swizzle = S::kK == 128 ? row & 7 : row >> 1 & 3;
-    const uint32_t offset = row * S::kK + (swizzle << 4) + lane % 4 * 2;
+    offset = row * S::kK + (swizzle << 4) + lane % 4 * 2;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int i = 0; i < S::kRows / 2; ++i) sums[b][i] = 0;
     }
     if (deep >= p.num_steps) return;
-    uint32_t a[S::kBlocks][4];
-    Enter(s, deep, row, offset);
-    Widen(0, a);
-    LoadPairs(s, deep, 1, offset);
+    Ring<S> now, next;
+    now.Advance(deep);
+    next = now;
+    Ring<S> words;  // of scales
+    if (S::kK == 128) words = now;
+    uint32_t a[2][S::kBlocks][4];
+    Wait(s, now);
+    LoadPairs(s, now.stage, 0, pairs[0]);
+    LoadScales(s, words, row);
+    FindFactors(0);
+    Widen(pairs[0], a[0]);
+    LoadPairs(s, now.stage, 1, pairs[1]);
     for (int i = deep; i < p.num_steps; i += S::kDeep) {
-      const int stage = i % S::kStages;
       const bool is_last = i + S::kDeep >= p.num_steps;
+      next.Advance(S::kDeep);
+      const uint64_t rows =
+          ptx::SwizzledDescriptor(s.rows + now.stage * S::kRowBytes);
+      const bool is_odd = S::kK == 64 && i % 2 == 1;
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        const uint32_t rows = s.rows + stage * S::kRowBytes + j / 4 * S::kRows * 128;
-        const uint64_t descriptor = ptx::SwizzledDescriptor(rows) + j % 4 * 2;
         ptx::WgmmaFence();
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
-          ptx::Wgmma<S::kRows>(sums[b], a[b], descriptor);
+          ptx::Wgmma<S::kRows>(sums[b], a[j % 2][b],
+                               rows + j / 4 * S::kRows * 8 + j % 4 * 2);
         }
         ptx::WgmmaCommit();
-        uint32_t next[S::kBlocks][4] = {};
-        if (j + 1 < kSteps || !is_last) Widen((j + 1) % kSteps, next);
-        if (j + 2 < kSteps) {
-          LoadPairs(s, i, j + 2, offset);
-        } else if (!is_last) {
-          if (j + 2 == kSteps) Enter(s, i + S::kDeep, row, offset);
-          if (j + 1 == kSteps) LoadPairs(s, i + S::kDeep, 1, offset);
+        if (j + 2 == kSteps) {
+          if (!is_last) Wait(s, next);
+          // What is read past the end is not used: a condition would cost more.
+          LoadPairs(s, next.stage, 0, pairs[0]);
+          if (S::kK == 128 || is_odd) {
+            words.Advance(S::kDeep);
+            LoadScales(s, words, row);
+          }
+        } else {
+          LoadPairs(s, j + 1 == kSteps ? next.stage : now.stage, (j + 2) % kSteps,
+                    pairs[j % 2]);
         }
-        ptx::WgmmaWait<0>();
-#pragma unroll
-        for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) a[b][r] = next[b][r];
+        ptx::WgmmaWait<1>();  // what read a[(j + 1) % 2]
+        Widen(pairs[(j + 1) % 2], a[(j + 1) % 2]);
+        if (j % 2 == 0) {
+          FindFactors(S::kK == 128 ? (j + 2) % kSteps / 2
+                                   : ((j + 2) / 2 + (is_odd ? 2 : 0)) % 4);
         }
       }
-      if (threadIdx.x % 128 == 0) ptx::BarrierArrive(s.empty + 8 * stage);
+      // Sums that are under way cannot be carried around a loop in registers.
+      ptx::WgmmaWait<0>();
+      if (threadIdx.x % 128 < S::kCluster) {
+        ptx::BarrierArriveAt(s.empty + 8 * now.stage, threadIdx.x % 128, S::kCluster);
+      }
+      now = next;
     }
   }
 
-  // Waits for a stage and reads its scales and the bytes of its first step.
-  __device__ __forceinline__ void Enter(const Shared& s, int i, int row,
-                                        uint32_t offset) {
-    ptx::BarrierWait(s.full + 8 * (i % S::kStages), i / S::kStages & 1);
+  __device__ __forceinline__ void Wait(const Shared& s, const Ring<S>& ring) {
+    ptx::BarrierWait(s.full + 8 * ring.stage, ring.turn);
     if constexpr (S::kGathers) ptx::FenceAsyncProxy();
-    LoadPairs(s, i, 0, offset);
-    const bool has_own_words = S::kK == 128 || i % 2 == 0;
-    const int slot = i / (128 / S::kK) % S::kStages;
-    const uint32_t at = s.scales + slot * S::kScaleBytes + 4 * row;
+  }
+
+  __device__ __forceinline__ void LoadScales(const Shared& s, const Ring<S>& words,
+                                             int row) {
+    const uint32_t at =
+        s.scales + words.stage * S::kScaleBytes + 4 * row + threadIdx.x % 4;
+    uint32_t largest = 0;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        words[b][r] = has_own_words ? ptx::LoadShared32(at + b * 4 * S::kBoxN + 32 * r)
-                                    : words[b][r] >> 16;
+        codes[b][r] = ptx::LoadShared8(at + b * 4 * kBlockN + 32 * r);
+        fast[b][r] = FastFactor(min(codes[b][r], kMaxFastScale));
+        largest = max(largest, codes[b][r]);
       }
     }
+    has_large = __any_sync(~0u, largest > kMaxFastScale);
   }
 
-  __device__ __forceinline__ void LoadPairs(const Shared& s, int i, int j,
-                                            uint32_t offset) {
-    const uint32_t weights = s.weights + i % S::kStages * S::kWeightBytes;
+  __device__ __forceinline__ void LoadPairs(const Shared& s, int stage, int j,
+                                            uint32_t (&to)[S::kBlocks][4]) {
+    const uint32_t weights = s.weights + stage * S::kWeightBytes;
     constexpr uint32_t kBelow = 8 * S::kK;  // eight rows further
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
-      const uint32_t at = (weights + b * S::kBoxN * S::kK + offset) ^ (j << 4);
-      pairs[b][0] = ptx::LoadShared16(at);
-      pairs[b][1] = ptx::LoadShared16(at + kBelow);
-      pairs[b][2] = ptx::LoadShared16(at + 8);
-      pairs[b][3] = ptx::LoadShared16(at + kBelow + 8);
+      const uint32_t at = (offset ^ (j << 4)) + weights + b * kBlockN * S::kK;
+      to[b][0] = ptx::LoadShared16(at);
+      to[b][1] = ptx::LoadShared16(at + kBelow);
+      to[b][2] = ptx::LoadShared16(at + 8);
+      to[b][3] = ptx::LoadShared16(at + kBelow + 8);
     }
   }
 
-  __device__ __forceinline__ void Widen(int j, uint32_t (&a)[S::kBlocks][4]) {
+  // Gets the factors of one of the four blocks of 32 whose scales the lanes hold.
+  __device__ __forceinline__ void FindFactors(int block) {
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
-      for (int r = 0; r < 2 && j % 2 == 0; ++r) {
-        factors[b][r] = ScaleFactor(words[b][r] >> (4 * j) & 255);
+      for (int r = 0; r < 2; ++r) {
+        factors[b][r] = __shfl_sync(~0u, fast[b][r], block, 4);
       }
+    }
+    block_has_large = has_large;
+    if (!has_large) return;
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        extras[b][r] = ExtraFactor(__shfl_sync(~0u, codes[b][r], block, 4));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Widen(const uint32_t (&from)[S::kBlocks][4],
+                                        uint32_t (&a)[S::kBlocks][4]) {
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const uint32_t element = MulBf16x2(Spread(pairs[b][r]), kElementFactor);
-        a[b][r] = MulBf16x2(element, factors[b][r % 2]);
+        a[b][r] = MulBf16x2(Spread(from[b][r]), factors[b][r % 2]);
       }
+    }
+    if (block_has_large) {
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          a[b][r] = MulBf16x2(a[b][r], extras[b][r % 2]);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) asm volatile("" : "+r"(a[b][r]));  // here, not later
     }
   }
 
@@ -328,9 +417,8 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < S::kRows / 2; ++i) {
         const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        const uint32_t at = 4 * (row * S::kPitch + b * S::kBoxN + n + i % 4 / 2 * 8);
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + at), "f"(sums[b][i])
-                     : "memory");
+        const uint32_t at = 4 * (row * S::kPitch + b * kBlockN + n + i % 4 / 2 * 8);
+        ptx::StoreShared32(to + at, __float_as_uint(sums[b][i]));
       }
     }
   }
@@ -343,7 +431,7 @@ __device__ __forceinline__ void SumPartials(uint32_t at, int split_k, float (&su
 #pragma unroll
   for (int j = 0; j < 8; ++j) sum[j] = 0;
   for (int rank = 0; rank < split_k; ++rank) {
-    const uint32_t base = ptx::MapShared(at, rank);
+    const uint32_t base = split_k > 1 ? ptx::MapShared(at, rank) : at;
 #pragma unroll
     for (int deep = 0; deep < S::kDeep; ++deep) {
       const float4 low = ptx::LoadCluster(base + deep * S::kPartialBytes);
@@ -427,27 +515,26 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::BarrierInit(s.full + 8 * i, S::kProducers + 1);
-      ptx::BarrierInit(s.empty + 8 * i, S::kSide);
+      ptx::BarrierInit(s.empty + 8 * i, S::kSide * S::kCluster);
     }
     ptx::FenceBarrierInit();
   }
   if constexpr (S::kGathers) {
     for (int i = threadIdx.x; i < place.num_slots; i += S::kThreads) {
-      asm volatile("st.shared.u32 [%0], %1;" ::"r"(s.slot_rows + 4 * i),
-                   "r"(a.gemm.slot_rows[place.first_slot + i])
-                   : "memory");
+      const uint32_t row = a.gemm.slot_rows[place.first_slot + i];
+      ptx::StoreShared32(s.slot_rows + 4 * i, row * (a.gemm.k / 8));  // of 16 bytes
     }
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
+  if constexpr (S::kCluster > 1) ptx::ClusterSync();
+  // The same in all lanes, as the compiler must know.
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == S::kConsumers / 128) {
     if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     Produce<S>(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
     __syncwarp();
-    if (a.split_k > 1) {
-      ptx::ClusterSync();
-      ptx::ClusterSync();
-    }
+    if (a.split_k > 1 || S::kCluster > 1) ptx::ClusterSync();
+    if (a.split_k > 1) ptx::ClusterSync();
   } else {
     if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
@@ -459,6 +546,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
     if (a.split_k == 1) {
       ptx::NamedBarrier(1, S::kConsumers);
       Finish<S>(a, place, s.weights);
+      __syncwarp();
+      if constexpr (S::kCluster > 1) ptx::ClusterSync();  // others write to its barriers
     } else {
       ptx::ClusterSync();
       Finish<S>(a, place, s.weights);

@@ -20,6 +20,18 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At the barrier of block `rank` of a cluster of `size`.
+__device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank,
+                                                int size) {
+  if (size == 1) return BarrierArrive(barrier);
+  asm volatile(
+      "{.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 __device__ __forceinline__ void BarrierArriveExpect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                "r"(bytes)
@@ -58,13 +70,24 @@ __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// To the same address, and the same barrier, of all blocks of a cluster of kCluster.
+template <int kCluster>
 __device__ __forceinline__ void LoadTile2(uint32_t to, const CUtensorMap* map,
                                           uint32_t barrier, int c0, int c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
-      : "memory");
+  if constexpr (kCluster == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+        : "memory");
+  } else {
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(kAll)
+        : "memory");
+  }
 }
 
 // As LoadTile2, with a cache policy.
@@ -107,9 +130,15 @@ __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from,
                : "memory");
 }
 
+__device__ __forceinline__ uint32_t LoadShared8(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
 __device__ __forceinline__ uint32_t LoadShared16(uint32_t address) {
-  uint16_t value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));
+  uint32_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address));
   return value;
 }
 
@@ -117,6 +146,10 @@ __device__ __forceinline__ uint32_t LoadShared32(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
   return value;
+}
+
+__device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 // Of another block of the cluster: its address of what is at `address` here.
