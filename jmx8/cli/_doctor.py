@@ -94,7 +94,7 @@ def _adapter_facts() -> dict[str, Any]:
 
 def _library_answer(row: dict[str, Any]) -> str:
     if row["path"] is not None:
-        origin = "in the wheel" if row["is_prebuilt"] else "built"
+        origin = "from the wheel, built" if row["is_prebuilt"] else "built"
         answer = f"{origin} in {row['seconds']:.0f} s"
         answer += f" by nvcc {row['nvcc']}, {row['path']}"
     elif row["problem"] is not None:

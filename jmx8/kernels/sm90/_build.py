@@ -34,8 +34,8 @@ _FLAGS = (
     "-cudart=static",
     "-Xptxas=-v",  # what `record` says of each kernel
 )
-# The first whose assembler knows all instructions that ptx.cuh has for sm_90a.
-_OLDEST_NVCC = (12, 3)
+# The first whose runtime has cudaGetDriverEntryPointByVersion.
+_OLDEST_NVCC = (12, 5)
 # What nvcc includes unasked, and a wheel of its own has.
 _OWN_HEADERS = ("crt/host_config.h",)
 
