@@ -1,5 +1,7 @@
 // bf16 -> MXFP8 in one pass. Four lanes hold a block, 16 bytes each. The scale comes
 // from integers alone; the elements from a product with a power of two.
+//
+// Registers: QuantizeKernel <= 32
 
 #include <cuda_bf16.h>
 
