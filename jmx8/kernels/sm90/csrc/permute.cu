@@ -2,6 +2,8 @@
 // or of one cluster. Each warp owns a run of rows and counts them per expert in shared
 // memory; a scan over experts, blocks and warps turns the counts into first slots; then
 // each warp walks its rows once more, counting on from there.
+//
+// Registers: PermuteKernel <= 64
 
 #include <cooperative_groups.h>
 
@@ -15,15 +17,13 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMaxThreads = 1024;
 constexpr int kMaxBlocks = 8;  // the largest cluster that every Hopper GPU has
 constexpr int kMaxExperts = 1024;
 constexpr int kUnroll = 4;  // rows of a thread in flight
-constexpr int kBatch = 8;   // counts of a thread in flight
 constexpr unsigned kAllLanes = ~0u;
 
 struct PermutePlan {
-  int threads;
+  int warps;
   int blocks;
 };
 
@@ -44,22 +44,12 @@ struct Shared {
 };
 
 size_t SharedBytes(const PermutePlan& plan, int num_experts) {
-  return static_cast<size_t>(plan.threads / 32 + 4) * num_experts * sizeof(int);
+  return static_cast<size_t>(plan.warps + 4) * num_experts * sizeof(int);
 }
 
-__device__ __forceinline__ void SyncBlocks(const cg::cluster_group& cluster) {
-  if (cluster.num_blocks() > 1) {
-    cluster.sync();
-  } else {
-    __syncthreads();
-  }
-}
-
-// Counts the warp's rows, per expert.
-__device__ __forceinline__ void CountRows(const Permute& p, unsigned first,
-                                          unsigned count, int* counts) {
-  const unsigned num_rows = p.num_tokens * p.top_k;
-  const unsigned end = min(first + count, num_rows);
+// Counts rows [first, end) per expert.
+__device__ __forceinline__ void CountRows(const Permute& p, unsigned first, unsigned end,
+                                          int* counts) {
 #pragma unroll kUnroll
   for (unsigned row = first + threadIdx.x % 32; row < end; row += 32) {
     const unsigned id = p.ids[row];
@@ -79,12 +69,10 @@ __device__ __forceinline__ unsigned Peers(unsigned id, int num_bits) {
   return peers;
 }
 
-// Gives the warp's rows their slots, counting on from `next` of their experts.
-__device__ __forceinline__ void PlaceRows(const Permute& p, unsigned first,
-                                          unsigned count, int* next) {
+// Gives rows [first, end) their slots, counting on from `next` of their experts.
+__device__ __forceinline__ void PlaceRows(const Permute& p, unsigned first, unsigned end,
+                                          int* next) {
   const unsigned lane = threadIdx.x % 32;
-  const unsigned num_rows = p.num_tokens * p.top_k;
-  const unsigned end = min(first + count, num_rows);
   const int num_bits = 32 - __clz(p.num_experts);  // num_experts: no expert
   for (unsigned begin = first; begin < end; begin += 32 * kUnroll) {
     unsigned id[kUnroll], peers[kUnroll];
@@ -99,7 +87,7 @@ __device__ __forceinline__ void PlaceRows(const Permute& p, unsigned first,
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const unsigned row = begin + 32 * i + lane;
-      const unsigned before = __popc(peers[i] & ((1u << lane) - 1));
+      const int before = __popc(peers[i] & ((1u << lane) - 1));
       const bool has_slot = id[i] < p.num_experts;
       const int slot = has_slot ? next[id[i]] + before : -1;
       __syncwarp();
@@ -116,6 +104,7 @@ __device__ __forceinline__ uint64_t SumBefore(uint64_t value) {
   __shared__ uint64_t warp_sums[32];
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint64_t sum = value;
+#pragma unroll
   for (int delta = 1; delta < 32; delta *= 2) {
     const uint64_t other = __shfl_up_sync(kAllLanes, sum, delta);
     if (lane >= delta) sum += other;
@@ -129,36 +118,40 @@ __device__ __forceinline__ uint64_t SumBefore(uint64_t value) {
 }
 
 // Turns the warps' counts of this thread's expert into their first slots.
+template <int kWarps>
 __device__ __forceinline__ void PlaceExpert(const Permute& p, const Shared& shared,
                                             const cg::cluster_group& cluster) {
-  const int expert = threadIdx.x, num_warps = blockDim.x / 32;
+  const int expert = threadIdx.x;
   const bool exists = expert < p.num_experts;
-  int total = 0, before = 0;
-  for (unsigned block = 0; exists && block < cluster.num_blocks(); ++block) {
-    if (block == cluster.block_rank()) before = total;
-    total += cluster.map_shared_rank(shared.counts, block)[expert];
+  int counts[kWarps], total = 0, before = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    counts[i] = exists ? shared.next_slot[i * p.num_experts + expert] : 0;
+    total += counts[i];
+  }
+  if (cluster.num_blocks() > 1) {
+    if (exists) shared.counts[expert] = total;
+    cluster.sync();
+    total = 0;
+#pragma unroll
+    for (unsigned i = 0; i < kMaxBlocks; ++i) {
+      if (!exists || i >= cluster.num_blocks()) continue;
+      const int count = cluster.map_shared_rank(shared.counts, i)[expert];
+      if (i < cluster.block_rank()) before += count;
+      total += count;
+    }
   }
   const unsigned tiles = CeilDiv(total, p.tile_rows);
   const uint64_t sums = SumBefore(static_cast<uint64_t>(tiles) << 32 | total);
   if (!exists) return;
-  const int first_slot = static_cast<int>(sums);
-  shared.first_slot[expert] = first_slot;
+  int next = static_cast<int>(sums) + before;
+  shared.first_slot[expert] = static_cast<int>(sums);
   shared.num_slots[expert] = total;
   shared.tile_end[expert] = static_cast<int>(sums >> 32) + tiles;
-  int next = first_slot + before;
-  int* next_slot = shared.next_slot + expert;
-  for (int first = 0; first < num_warps; first += kBatch) {
-    int count[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const bool exists = first + i < num_warps;
-      count[i] = exists ? next_slot[(first + i) * p.num_experts] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i < num_warps) next_slot[(first + i) * p.num_experts] = next;
-      next += count[i];
-    }
+  for (int i = 0; i < kWarps; ++i) {
+    shared.next_slot[i * p.num_experts + expert] = next;
+    next += counts[i];
   }
 }
 
@@ -181,72 +174,68 @@ __device__ __forceinline__ Tile MakeTile(const Permute& p, const Shared& shared,
           size + (nth < larger), 0};
 }
 
-__global__ void __launch_bounds__(kMaxThreads) PermuteKernel(const Permute p) {
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps) PermuteKernel(const Permute p) {
   extern __shared__ int memory[];
   const cg::cluster_group cluster = cg::this_cluster();
   const Shared shared(memory, p.num_experts);
-  const unsigned num_warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  const unsigned thread = cluster.block_rank() * blockDim.x + threadIdx.x;
-  const unsigned num_threads = cluster.num_blocks() * blockDim.x;
-  const unsigned rows_per_thread =
-      CeilDiv<unsigned>(p.num_tokens * p.top_k, num_threads);
-  const unsigned rows_per_warp = 32 * rows_per_thread;
+  const unsigned num_rows = p.num_tokens * p.top_k;
+  const unsigned num_threads = cluster.num_blocks() * (32 * kWarps);
+  const unsigned thread = cluster.block_rank() * (32 * kWarps) + threadIdx.x;
+  const unsigned rows_per_warp = 32 * CeilDiv(num_rows, num_threads);
   const unsigned first = thread / 32 * rows_per_warp;
+  const unsigned end = min(first + rows_per_warp, num_rows);
+  int* next = shared.next_slot + threadIdx.x / 32 * p.num_experts;
 
-  for (unsigned i = threadIdx.x; i < num_warps * p.num_experts; i += blockDim.x) {
-    shared.next_slot[i] = 0;
-  }
+  for (int i = threadIdx.x % 32; i < p.num_experts; i += 32) next[i] = 0;
+  __syncwarp();
+  CountRows(p, first, end, next);
   __syncthreads();
-  int* next = shared.next_slot + warp * p.num_experts;
-  CountRows(p, first, rows_per_warp, next);
+  PlaceExpert<kWarps>(p, shared, cluster);
   __syncthreads();
-  if (threadIdx.x < p.num_experts) {
-    int count = 0;
-#pragma unroll 8
-    for (unsigned i = 0; i < num_warps; ++i) {
-      count += shared.next_slot[i * p.num_experts + threadIdx.x];
-    }
-    shared.counts[threadIdx.x] = count;
-  }
-  SyncBlocks(cluster);
-  PlaceExpert(p, shared, cluster);
-  SyncBlocks(cluster);  // other blocks have read the counts of this one, too
-  PlaceRows(p, first, rows_per_warp, next);
+  PlaceRows(p, first, end, next);
   const int num_tiles = shared.tile_end[p.num_experts - 1];
   for (unsigned i = thread; i < num_tiles; i += num_threads) {
     p.tiles[i] = MakeTile(p, shared, i);
   }
   if (thread == 0) *p.num_tiles = num_tiles;
+  if (cluster.num_blocks() > 1) cluster.sync();  // others may still read the counts
 }
 
 PermutePlan MakePlan(int num_rows, int num_experts) {
-  PermutePlan plan{kMaxThreads, 1};
-  if (num_rows <= kMaxThreads) {
-    plan.threads = CeilDiv(max(num_rows, num_experts), 32) * 32;
-  }
-  while (plan.blocks < kMaxBlocks && plan.blocks * plan.threads < num_rows) {
+  PermutePlan plan{8, 1};
+  while (plan.warps * 32 < num_experts) plan.warps *= 2;
+  while (plan.blocks < kMaxBlocks && plan.blocks * plan.warps * 32 * 2 < num_rows) {
     plan.blocks *= 2;
   }
   return plan;
 }
 
+template <int kWarps>
 const char* LaunchPlan(const Permute& p, const PermutePlan& plan, cudaStream_t stream) {
   const size_t bytes = SharedBytes(plan, p.num_experts);
+  const auto kernel = PermuteKernel<kWarps>;
   cudaError_t error = cudaFuncSetAttribute(
-      PermuteKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = plan.blocks;
-  config.blockDim = plan.threads;
+  config.blockDim = 32 * kWarps;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = plan.blocks > 1;
-  error = cudaLaunchKernelEx(&config, PermuteKernel, p);
+  error = cudaLaunchKernelEx(&config, kernel, p);
   return error == cudaSuccess ? LaunchError() : cudaGetErrorString(error);
+}
+
+const char* LaunchPlan(const Permute& p, const PermutePlan& plan, cudaStream_t stream) {
+  if (plan.warps == 8) return LaunchPlan<8>(p, plan, stream);
+  if (plan.warps == 16) return LaunchPlan<16>(p, plan, stream);
+  return LaunchPlan<32>(p, plan, stream);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Which experts a token goes to: one warp per token, expert e in lane e % 32. Scores are
 // compared as integers in XLA's total order (-NaN < -inf < -0 < 0 < inf < NaN), and with
 // the same operations in float32 as xla_routing.py, so that ties fall alike.
+//
+// Registers: RouteKernel <= 64
 
 #include <cuda_bf16.h>
 
@@ -43,21 +45,17 @@ __device__ __forceinline__ float WarpMax(float v) {
 // Removes the largest key of the warp and returns its index, of equal ones the lowest.
 template <int kValues>
 __device__ __forceinline__ int TakeBest(uint32_t (&keys)[kValues], int lane) {
-  uint32_t best[kValues];
+  uint32_t best = keys[0];
+  unsigned index = lane;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) best[i] = keys[i];
-#pragma unroll
-  for (int step = kValues / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int i = 0; i < step; ++i) best[i] = max(best[i], best[i + step]);
+  for (int i = 1; i < kValues; ++i) {
+    if (keys[i] > best) {
+      best = keys[i];
+      index = i * 32 + lane;
+    }
   }
-  const uint32_t top = __reduce_max_sync(kAllLanes, best[0]);
-  unsigned index = kMaxExperts;
-#pragma unroll
-  for (int i = kValues - 1; i >= 0; --i) {
-    if (keys[i] == top) index = i * 32 + lane;
-  }
-  const int taken = __reduce_min_sync(kAllLanes, index);
+  const uint32_t top = __reduce_max_sync(kAllLanes, best);
+  const int taken = __reduce_min_sync(kAllLanes, best == top ? index : kMaxExperts);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     if (i * 32 + lane == taken) keys[i] = kNoKey;
