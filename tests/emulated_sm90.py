@@ -64,7 +64,8 @@ def assert_close(out, expected):
 
 
 def names_of(calls):
-    """Returns the functions that were called, in order."""
+    """Returns the functions that were called, in order; waits for them."""
+    jax.block_until_ready(jax.live_arrays())
     return [name for name, _ in calls]
 
 

@@ -93,7 +93,7 @@ class TestMatmul:
             reference_quantize(normal(1, 8, 64)), normal(2, 8), activations="bf16"
         )
         x = normal(0, 2, 3, 64)
-        out = jax.jit(jax.vmap(jax.vmap(layer)))(x)
+        out = jax.block_until_ready(jax.jit(jax.vmap(jax.vmap(layer)))(x))
         ((_, given),) = calls
         assert given["x"] == ("bfloat16", (6, 64)) and given["bias"] is not None
         expected = mx_matmul(x, layer.weight, bias=layer.bias, implementation="xla")
@@ -151,7 +151,7 @@ class TestMatmul:
         }
         assert ran == {config for (config,) in tuned.seconds} and len(ran) > 0
         calls.clear()
-        run(x, w, bias)
+        jax.block_until_ready(run(x, w, bias))
         ((_, given),) = calls
         used = tuple(given[field] for field in configs.GemmConfig._fields)
         assert (used,) == tuned.tactic

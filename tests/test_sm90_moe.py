@@ -169,7 +169,7 @@ class TestMoE:
         (tuned,) = autotune(run, *operands).tuned
         assert tuned.tactic is not None and not tuned.left_out
         calls.clear()
-        run(*operands)
+        jax.block_until_ready(run(*operands))
         used = tuple(
             tuple(given[field] for field in configs.GemmConfig._fields)
             for name, given in calls
