@@ -3,6 +3,8 @@
 // Registers: GemmWgmma <= 224
 #include "gemm_wgmma.cuh"
 
+#include <algorithm>
+
 namespace jmx8 {
 namespace {
 
@@ -55,6 +57,13 @@ const char* EncodeMaps(const Gemm& g, int box_n, int k, int box_rows, bool gathe
   return nullptr;
 }
 
+int NumMultiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 template <class S>
 const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   CUtensorMap w_map, x_map;
@@ -71,9 +80,14 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   a.num_row_tiles =
       g.tiles != nullptr ? g.max_tiles : (g.num_slots + S::kRows - 1) / S::kRows;
   if (g.tiles == nullptr) a.group_rows = a.num_row_tiles < 8 ? a.num_row_tiles : 8;
-  const int64_t blocks = int64_t{a.num_n_tiles} * a.num_row_tiles * split_k;
+  int64_t blocks = int64_t{a.num_n_tiles} * a.num_row_tiles * split_k;
   if (blocks == 0) return nullptr;
   if (blocks >= int64_t{1} << 31) return "too many thread blocks";
+  if (wgmma::IsDirect<S>(g, split_k)) {
+    // A block goes on with another tile, whose loads begin before the last one ends.
+    const int64_t most = int64_t{NumMultiprocessors()} * S::kOccupancy;
+    blocks = std::min(blocks, most / S::kCluster * S::kCluster);
+  }
   auto* kernel = wgmma::GemmWgmma<S>;
   cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
@@ -114,6 +128,10 @@ const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t str
   JMX8_SHAPE(16, 0, 1, 1, 1, 2, 128, 2)
   JMX8_SHAPE(16, 1, 1, 1, 1, 4, 128, 1)
   JMX8_SHAPE(16, 3, 1, 2, 1, 2, 128, 2)
+  JMX8_SHAPE(8, 2, 1, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(16, 2, 1, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(16, 4, 1, 2, 2, 1, 64, 2)
+  JMX8_SHAPE(32, 4, 1, 2, 2, 1, 64, 2)
   JMX8_SHAPE(32, 0, 1, 1, 1, 2, 128, 2)
   JMX8_SHAPE(32, 2, 1, 1, 2, 1, 128, 2)
   JMX8_SHAPE(32, 3, 1, 2, 1, 2, 128, 2)

@@ -31,11 +31,12 @@ struct Shape {
   static constexpr int kProducers = kMovesRegisters ? 128 : kGathers ? 64 : 32;
   static constexpr int kThreads = kConsumers + kProducers;
 
+  static constexpr int kPerWord = 128 / kK;  // stages that a word of scales is for
   static constexpr int kWeightBytes = kN * kK;
   static constexpr int kRowBytes = kRows * kK * 2;
   static constexpr int kStageBytes = kWeightBytes + kRowBytes;
   static constexpr int kScaleBytes = kN * 4;  // 128 of k
-  static constexpr int kFixedBytes = 2048 + kRows * 4;
+  static constexpr int kFixedBytes = 1024 + kRows * 4 + kConsumers * 16;
   static constexpr int kBudget = 227 * 1024 / kOccupancy - kFixedBytes - 1024;
   static constexpr int kFit = kBudget / (kStageBytes + kScaleBytes);
   static constexpr int kStages = kFit < 12 ? kFit : 12;
@@ -56,19 +57,23 @@ struct Arguments {
   int num_row_tiles, num_n_tiles, split_k, group_rows;
 };
 
-// Where one thread block works.
+// One tile of the result, or a part of k of it.
 struct Place {
-  int expert, first_slot, num_slots, n0, first_step, num_steps;
+  int expert, first_slot, num_slots, n0;
+  int first_word, num_words;  // of 128 of k
 };
 
+// Tile `index` of those that there are; false past the last.
 template <class S>
-__device__ bool FindPlace(const Arguments& a, Place* place) {
-  const int index = blockIdx.x / (a.split_k * S::kCluster);
-  // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
+__device__ bool FindPlace(const Arguments& a, int index, Place* place) {
+  const int num_row_tiles =
+      a.gemm.tiles == nullptr ? a.num_row_tiles : *a.gemm.num_tiles;
   const int num_n = a.num_n_tiles / S::kCluster;
+  if (index >= num_row_tiles * num_n) return false;
+  // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
   const int group = index / (a.group_rows * num_n);
   const int first = group * a.group_rows;
-  const int in_group = min(a.group_rows, a.num_row_tiles - first);
+  const int in_group = min(a.group_rows, num_row_tiles - first);
   const int rest = index - first * num_n;
   const int row_tile = first + rest % in_group;
   if (a.gemm.tiles == nullptr) {
@@ -76,7 +81,6 @@ __device__ bool FindPlace(const Arguments& a, Place* place) {
     place->first_slot = row_tile * S::kRows;
     place->num_slots = min(S::kRows, a.gemm.num_slots - place->first_slot);
   } else {
-    if (row_tile >= *a.gemm.num_tiles) return false;
     const Tile tile = a.gemm.tiles[row_tile];
     place->expert = tile.expert;
     place->first_slot = tile.first_slot;
@@ -85,17 +89,14 @@ __device__ bool FindPlace(const Arguments& a, Place* place) {
   const bool gated = IsGated(a.gemm.activation);
   const int n_tile = rest / in_group * S::kCluster + blockIdx.x % S::kCluster;
   place->n0 = n_tile * (gated ? S::kBoxN : S::kN);
-  // Whole words of four scales.
   const int words = (a.gemm.k + 127) / 128, rank = blockIdx.x / S::kCluster % a.split_k;
-  constexpr int kPerWord = 128 / S::kK;
-  const int begin = words * rank / a.split_k, end = words * (rank + 1) / a.split_k;
-  place->first_step = begin * kPerWord;
-  place->num_steps = min(end * kPerWord, (a.gemm.k + S::kK - 1) / S::kK) - begin * kPerWord;
+  place->first_word = words * rank / a.split_k;
+  place->num_words = words * (rank + 1) / a.split_k - place->first_word;
   return true;
 }
 
 struct Shared {
-  uint32_t weights, rows, scales, full, empty, slot_rows;
+  uint32_t weights, rows, scales, full, empty, slot_rows, transposed;
 };
 
 template <class S>
@@ -104,6 +105,7 @@ __device__ Shared DivideShared(uint32_t base) {
   s.full = base;
   s.empty = base + 8 * S::kStages;
   s.slot_rows = base + 1024;
+  s.transposed = s.slot_rows + S::kRows * 4;
   // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
   s.weights = (base + S::kFixedBytes + 1023) / 1024 * 1024;
   s.rows = s.weights + S::kStages * S::kWeightBytes;
@@ -186,70 +188,91 @@ __device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
 }
 
 template <class S>
-__device__ void Produce(const Arguments& a, const Place& p, const Shared& s,
-                        const CUtensorMap* w_map, const CUtensorMap* x_map, int lane) {
-  const Gemm& g = a.gemm;
-  const int box_distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
-  // Weights that no other tile of rows reads should not displace the rest.
-  const bool once = g.tiles != nullptr || a.num_row_tiles == 1;
-  const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
-  constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
-  const ScaleLoader<S> scales(g, p, s.scales, lane);
+struct Producer {
   Ring<S> ring, words;
-  for (int i = 0; i < p.num_steps; ++i, ring.Advance(1)) {
-    const int stage = ring.stage, k0 = (p.first_step + i) * S::kK;
-    const uint32_t full = s.full + 8 * stage;
-    if (i >= S::kStages) {
+
+  __device__ __forceinline__ void Run(const Arguments& a, const Place& p,
+                                      const Shared& s, const CUtensorMap* w_map,
+                                      const CUtensorMap* x_map, int lane) {
+    const Gemm& g = a.gemm;
+    const int box_distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
+    // Weights that no other tile of rows reads should not displace the rest.
+    const bool once = g.tiles != nullptr || a.num_row_tiles == 1;
+    const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
+    constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
+    const ScaleLoader<S> scales(g, p, s.scales, lane);
+    if constexpr (S::kGathers) FindRows(g, p, s, lane);
+    for (int i = 0; i < p.num_words * S::kPerWord; ++i) {
+      const int stage = ring.stage, k0 = p.first_word * 128 + i * S::kK;
+      const uint32_t full = s.full + 8 * stage;
       ptx::BarrierWait(s.empty + 8 * stage, ring.turn ^ 1);
-    }
-    if (lane == 0) {
-      ptx::BarrierArriveExpect(full, kBytes);
+      if (lane == 0) {
+        ptx::BarrierArriveExpect(full, kBytes);
 #pragma unroll
-      for (int box = 0; box < 2; ++box) {
-        ptx::LoadTile3(
-            s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK, w_map, full,
-            k0, p.n0 + box * box_distance, p.expert, policy);
-      }
-      if constexpr (!S::kGathers) {
-#pragma unroll
-        for (int half = 0; half < S::kK / 64; ++half) {
-          // Each block of the cluster loads its part of the rows for all.
-          constexpr int kPart = S::kRows / S::kCluster;
-          const int part = S::kCluster > 1 ? ptx::ClusterRank() * kPart : 0;
-          ptx::LoadTile2<S::kCluster>(
-              s.rows + stage * S::kRowBytes + (half * S::kRows + part) * 128, x_map,
-              full, k0 + half * 64, p.first_slot + part);
+        for (int box = 0; box < 2; ++box) {
+          ptx::LoadTile3(
+              s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK, w_map, full,
+              k0, p.n0 + box * box_distance, p.expert, policy);
         }
+        if constexpr (!S::kGathers) LoadRows(p, s, x_map, full, k0);
       }
-    }
-    if (k0 % 128 == 0) {
-      scales.Load(words.stage, k0, lane);
-      words.Advance(1);
-    }
-    if constexpr (S::kGathers) {
-      GatherRows<S>(g, p, s, k0, s.rows + stage * S::kRowBytes, lane);
-    }
-    if (scales.aligned) {
-      ptx::BarrierArriveAfterCopies(full);
-    } else {  // scales were stored, not copied
-      asm volatile("cp.async.wait_all;" ::: "memory");
-      ptx::BarrierArrive(full);
+      if (k0 % 128 == 0) {
+        scales.Load(words.stage, k0, lane);
+        words.Advance(1);
+      }
+      if constexpr (S::kGathers) {
+        GatherRows<S>(g, p, s, k0, s.rows + stage * S::kRowBytes, lane);
+      }
+      if (scales.aligned) {
+        ptx::BarrierArriveAfterCopies(full);
+      } else {  // scales were stored, not copied
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        ptx::BarrierArrive(full);
+      }
+      ring.Advance(1);
     }
   }
-}
+
+  __device__ __forceinline__ void LoadRows(const Place& p, const Shared& s,
+                                           const CUtensorMap* x_map, uint32_t full,
+                                           int k0) {
+    // Each block of the cluster loads its part of the rows for all.
+    constexpr int kPart = S::kRows / S::kCluster;
+    const int part = S::kCluster > 1 ? ptx::ClusterRank() * kPart : 0;
+#pragma unroll
+    for (int half = 0; half < S::kK / 64; ++half) {
+      ptx::LoadTile2<S::kCluster>(
+          s.rows + ring.stage * S::kRowBytes + (half * S::kRows + part) * 128, x_map,
+          full, k0 + half * 64, p.first_slot + part);
+    }
+  }
+
+  // Where the rows begin that the tile gathers, in units of 16 bytes.
+  __device__ __forceinline__ void FindRows(const Gemm& g, const Place& p,
+                                           const Shared& s, int lane) {
+    ptx::NamedBarrier(2, S::kProducers);
+    for (int i = lane; i < p.num_slots; i += S::kProducers) {
+      const uint32_t row = g.slot_rows[p.first_slot + i];
+      ptx::StoreShared32(s.slot_rows + 4 * i, row * (g.k / 8));
+    }
+    ptx::NamedBarrier(2, S::kProducers);
+  }
+};
 
 // Two e4m3, the first in the lower byte, to bf16, times 2^-120.
 __device__ __forceinline__ uint32_t Spread(uint32_t pair) {
   uint32_t extended;  // each byte with copies of its sign above it
-  asm("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(extended) : "r"(pair));
+  // Volatile, so that it is not moved up to where the bytes are not there yet.
+  asm volatile("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(extended) : "r"(pair));
   return (extended << 4) & 0x87F087F0;
 }
 
 template <class S>
 struct Consumer {
   static constexpr int kSteps = S::kK / 16;  // of one stage
-  static constexpr int kBlockN = 64 * S::kSide;
+  static constexpr int kBlockN = 32 * S::kSide;
 
+  Ring<S> multiplied, loaded, words;
   float sums[S::kBlocks][S::kRows / 2];
   uint32_t pairs[2][S::kBlocks][4]; // the bytes of two steps
   uint32_t codes[S::kBlocks][2];    // scales of one of four blocks of 32, by the lane
@@ -259,71 +282,82 @@ struct Consumer {
   bool has_large, block_has_large;  // whether any of the warp's scales is
   uint32_t offset;                  // of the lane's first pair in a stage
 
+  __device__ __forceinline__ explicit Consumer(int deep) {
+    multiplied.Advance(deep * S::kPerWord);
+    words.Advance(deep);
+    loaded = multiplied;
+  }
+
+  // Of the lane's rows of weights one is in the first box and one in the second, of the
+  // same number: those of gate and up meet in one lane. In the operand, and in `sums`,
+  // the second is eight rows below.
+  __device__ __forceinline__ static int Row(int side) {
+    return side * 32 + threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
+  }
+
   // Two steps are under way: one is multiplied while the next is widened.
   __device__ __forceinline__ void Run(const Place& p, const Shared& s, int side,
                                       int deep) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int row = side * 64 + warp * 16 + lane / 4;
+    const int row = Row(side);
     const uint32_t swizzle = S::kK == 128 ? row & 7 : row >> 1 & 3;
-    offset = row * S::kK + (swizzle << 4) + lane % 4 * 2;
+    offset = row * S::kK + (swizzle << 4) + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int i = 0; i < S::kRows / 2; ++i) sums[b][i] = 0;
     }
-    if (deep >= p.num_steps) return;
-    Ring<S> now, next;
-    now.Advance(deep);
-    next = now;
-    Ring<S> words;  // of scales
-    if (S::kK == 128) words = now;
+    if (deep >= p.num_words) return;
+    constexpr int kToNextWord = (S::kDeep - 1) * S::kPerWord + 1;
     uint32_t a[2][S::kBlocks][4];
-    Wait(s, now);
-    LoadPairs(s, now.stage, 0, pairs[0]);
+    Wait(s, loaded);
+    LoadPairs(s, loaded.stage, 0, pairs[0]);
     LoadScales(s, words, row);
     FindFactors(0);
     Widen(pairs[0], a[0]);
-    LoadPairs(s, now.stage, 1, pairs[1]);
-    for (int i = deep; i < p.num_steps; i += S::kDeep) {
-      const bool is_last = i + S::kDeep >= p.num_steps;
-      next.Advance(S::kDeep);
-      const uint64_t rows =
-          ptx::SwizzledDescriptor(s.rows + now.stage * S::kRowBytes);
-      const bool is_odd = S::kK == 64 && i % 2 == 1;
+    LoadPairs(s, loaded.stage, 1, pairs[1]);
+    for (int i = deep; i < p.num_words; i += S::kDeep) {
+      const bool is_last = i + S::kDeep >= p.num_words;
+      uint64_t rows = ptx::SwizzledDescriptor(s.rows + multiplied.stage * S::kRowBytes);
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
+      for (int j = 0; j < 8; ++j) {
+        const int stage_before = multiplied.stage;
+        if (j > 0 && j % kSteps == 0) {
+          multiplied.Advance(1);
+          rows = ptx::SwizzledDescriptor(s.rows + multiplied.stage * S::kRowBytes);
+        }
         ptx::WgmmaFence();
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
           ptx::Wgmma<S::kRows>(sums[b], a[j % 2][b],
-                               rows + j / 4 * S::kRows * 8 + j % 4 * 2);
+                               rows + j % kSteps / 4 * S::kRows * 8 + j % 4 * 2);
         }
         ptx::WgmmaCommit();
-        if (j + 2 == kSteps) {
-          if (!is_last) Wait(s, next);
+        if (j + 2 == 8) {
+          loaded.Advance(kToNextWord);
+          words.Advance(S::kDeep);
           // What is read past the end is not used: a condition would cost more.
-          LoadPairs(s, next.stage, 0, pairs[0]);
-          if (S::kK == 128 || is_odd) {
-            words.Advance(S::kDeep);
-            LoadScales(s, words, row);
-          }
-        } else {
-          LoadPairs(s, j + 1 == kSteps ? next.stage : now.stage, (j + 2) % kSteps,
-                    pairs[j % 2]);
+          if (!is_last) Wait(s, loaded);
+          LoadScales(s, words, row);
+        } else if ((j + 2) % kSteps == 0) {
+          loaded.Advance(1);
+          Wait(s, loaded);
         }
+        LoadPairs(s, loaded.stage, (j + 2) % kSteps, pairs[j % 2]);
         ptx::WgmmaWait<1>();  // what read a[(j + 1) % 2]
+        if (j > 0 && j % kSteps == 0) Release(s, stage_before);
         Widen(pairs[(j + 1) % 2], a[(j + 1) % 2]);
-        if (j % 2 == 0) {
-          FindFactors(S::kK == 128 ? (j + 2) % kSteps / 2
-                                   : ((j + 2) / 2 + (is_odd ? 2 : 0)) % 4);
-        }
+        if (j % 2 == 0) FindFactors((j + 2) / 2 % 4);
       }
       // Sums that are under way cannot be carried around a loop in registers.
       ptx::WgmmaWait<0>();
-      if (threadIdx.x % 128 < S::kCluster) {
-        ptx::BarrierArriveAt(s.empty + 8 * now.stage, threadIdx.x % 128, S::kCluster);
-      }
-      now = next;
+      Release(s, multiplied.stage);
+      multiplied.Advance(kToNextWord);
+    }
+  }
+
+  __device__ __forceinline__ void Release(const Shared& s, int stage) {
+    if (threadIdx.x % 128 < S::kCluster) {
+      ptx::BarrierArriveAt(s.empty + 8 * stage, threadIdx.x % 128, S::kCluster);
     }
   }
 
@@ -341,7 +375,7 @@ struct Consumer {
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        codes[b][r] = ptx::LoadShared8(at + b * 4 * kBlockN + 32 * r);
+        codes[b][r] = ptx::LoadShared8(at + 4 * (b * kBlockN + r * S::kBoxN));
         fast[b][r] = FastFactor(min(codes[b][r], kMaxFastScale));
         largest = max(largest, codes[b][r]);
       }
@@ -352,7 +386,7 @@ struct Consumer {
   __device__ __forceinline__ void LoadPairs(const Shared& s, int stage, int j,
                                             uint32_t (&to)[S::kBlocks][4]) {
     const uint32_t weights = s.weights + stage * S::kWeightBytes;
-    constexpr uint32_t kBelow = 8 * S::kK;  // eight rows further
+    constexpr uint32_t kBelow = S::kBoxN * S::kK;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
       const uint32_t at = (offset ^ (j << 4)) + weights + b * kBlockN * S::kK;
@@ -409,16 +443,103 @@ struct Consumer {
   }
 
   // To float32 [kRows, kPitch] in shared memory.
-  __device__ __forceinline__ void Store(uint32_t to, int side) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int n = side * 64 + warp * 16 + lane / 4;
+  __device__ __forceinline__ void StorePartial(uint32_t to, int side) {
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int i = 0; i < S::kRows / 2; ++i) {
-        const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        const uint32_t at = 4 * (row * S::kPitch + b * kBlockN + n + i % 4 / 2 * 8);
-        ptx::StoreShared32(to + at, __float_as_uint(sums[b][i]));
+        const int row = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+        const int n = i % 4 / 2 * S::kBoxN + b * kBlockN + Row(side);
+        ptx::StoreShared32(to + 4 * (row * S::kPitch + n),
+                           __float_as_uint(sums[b][i]));
+      }
+    }
+  }
+
+  // To the result, if no other warpgroup has a part of the sums, and it is bf16.
+  __device__ __forceinline__ void StoreResult(const Gemm& g, const Place& p,
+                                              const Shared& s, int side) {
+    const bool gated = IsGated(g.activation);
+    const int columns = gated ? g.n / 2 : g.n;
+    const int row = Row(side);
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+      const int n = p.n0 + b * kBlockN + row;
+      const int n_of_second = n + (gated ? columns : S::kBoxN);
+      const float bias[2] = {Bias(g, p.expert, n), Bias(g, p.expert, n_of_second)};
+#pragma unroll
+      for (int i = 0; i < S::kRows / 2; ++i) sums[b][i] += bias[i % 4 / 2];
+      if (gated) {
+#pragma unroll
+        for (int i = 0; i < S::kRows / 2; ++i) {
+          if (i % 4 < 2) {
+            sums[b][i] = ApplyGated(g.activation, sums[b][i], sums[b][i + 2], g.alpha,
+                                    g.beta, g.limit);
+          }
+        }
+      } else if (g.activation != Activation::kNone) {
+#pragma unroll
+        for (int i = 0; i < S::kRows / 2; ++i) {
+          sums[b][i] = ApplyUngated(g.activation, sums[b][i]);
+        }
+      }
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        if (box == 1 && gated) break;
+        StoreBox(g, p, s, b, box, n - threadIdx.x % 32 / 4 + box * S::kBoxN, columns);
+      }
+    }
+  }
+
+  // Eight columns from n on of all rows: transposed by the warp, a row to each lane.
+  __device__ __forceinline__ void StoreBox(const Gemm& g, const Place& p,
+                                           const Shared& s, int b, int box, int n,
+                                           int columns) {
+    constexpr int kMatrices = S::kRows < 32 ? S::kRows / 8 : 4;
+    const int lane = threadIdx.x % 32;
+    const uint32_t at = s.transposed + threadIdx.x * 16;
+    const int count = min(8, columns - n);
+#pragma unroll
+    for (int first = 0; first < S::kRows; first += 8 * kMatrices) {
+      if (first >= p.num_slots) break;
+      uint32_t values[kMatrices];
+#pragma unroll
+      for (int m = 0; m < kMatrices; ++m) {
+        const int i = (first / 8 + m) * 4 + box * 2;
+        values[m] = ptx::PackBf16(sums[b][i], sums[b][i + 1]);
+      }
+      __syncwarp();
+      ptx::StoreTransposed(at, values);
+      __syncwarp();
+      const int row = first + lane;
+      if (lane < 8 * kMatrices && row < p.num_slots && count > 0) {
+        const int64_t to = int64_t{p.first_slot + row} * columns + n;
+        StoreEight(static_cast<__nv_bfloat16*>(g.out) + to, at, count,
+                   columns % 8 == 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static float Bias(const Gemm& g, int expert, int n) {
+    if (g.bias == nullptr || n >= g.n) return 0;
+    const int64_t at = int64_t{expert} * g.n + n;
+    return g.bias_is_f32
+               ? static_cast<const float*>(g.bias)[at]
+               : __bfloat162float(static_cast<const __nv_bfloat16*>(g.bias)[at]);
+  }
+
+  __device__ __forceinline__ static void StoreEight(__nv_bfloat16* to, uint32_t from,
+                                                    int count, bool aligned) {
+    const uint4 v = ptx::LoadShared128(from);
+    if (aligned && count == 8) {
+      *reinterpret_cast<uint4*>(to) = v;
+      return;
+    }
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j < count) {
+        to[j] = __ushort_as_bfloat16(static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16)));
       }
     }
   }
@@ -504,13 +625,39 @@ __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
   }
 }
 
+// Whether sums go from registers to the result. If not, a block has one tile only, for
+// the sums then take the place of the stages.
+template <class S>
+__host__ __device__ bool IsDirect(const Gemm& g, int split_k) {
+  return S::kDeep == 1 && split_k == 1 && !g.out_is_f32;
+}
+
+template <class S>
+__device__ __forceinline__ void Consume(const Arguments& a, const Place& p,
+                                        const Shared& s, int warpgroup,
+                                        Consumer<S>* consumer) {
+  const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
+  consumer->Run(p, s, side, deep);
+  if (IsDirect<S>(a.gemm, a.split_k)) {
+    consumer->StoreResult(a.gemm, p, s, side);
+    return;
+  }
+  ptx::NamedBarrier(1, S::kConsumers);  // all have read the stages
+  consumer->StorePartial(s.weights + deep * S::kPartialBytes, side);
+  if (a.split_k > 1) {
+    ptx::ClusterSync();
+  } else {
+    ptx::NamedBarrier(1, S::kConsumers);
+  }
+  Finish<S>(a, p, s.weights);
+  __syncwarp();
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
     GemmWgmma(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap w_map,
               const __grid_constant__ CUtensorMap x_map) {
   extern __shared__ uint8_t memory[];
-  Place place;
-  if (!FindPlace<S>(a, &place)) return;
   const Shared s = DivideShared<S>(ptx::SharedAddress(memory));
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
@@ -519,41 +666,30 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
     }
     ptx::FenceBarrierInit();
   }
-  if constexpr (S::kGathers) {
-    for (int i = threadIdx.x; i < place.num_slots; i += S::kThreads) {
-      const uint32_t row = a.gemm.slot_rows[place.first_slot + i];
-      ptx::StoreShared32(s.slot_rows + 4 * i, row * (a.gemm.k / 8));  // of 16 bytes
-    }
-  }
   __syncthreads();
   if constexpr (S::kCluster > 1) ptx::ClusterSync();
   // The same in all lanes, as the compiler must know.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const int per_tile = a.split_k * S::kCluster;
+  const int first = blockIdx.x / per_tile, stride = gridDim.x / per_tile;
+  Place place;
   if (warpgroup == S::kConsumers / 128) {
     if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    Produce<S>(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
+    Producer<S> producer;
+    for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
+      producer.Run(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
+    }
     __syncwarp();
-    if (a.split_k > 1 || S::kCluster > 1) ptx::ClusterSync();
     if (a.split_k > 1) ptx::ClusterSync();
+    if (per_tile > 1) ptx::ClusterSync();
   } else {
     if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
-    Consumer<S> consumer;
-    consumer.Run(place, s, side, deep);
-    // The partial sums take the place of the stages, which all must have read.
-    ptx::NamedBarrier(1, S::kConsumers);
-    consumer.Store(s.weights + deep * S::kPartialBytes, side);
-    if (a.split_k == 1) {
-      ptx::NamedBarrier(1, S::kConsumers);
-      Finish<S>(a, place, s.weights);
-      __syncwarp();
-      if constexpr (S::kCluster > 1) ptx::ClusterSync();  // others write to its barriers
-    } else {
-      ptx::ClusterSync();
-      Finish<S>(a, place, s.weights);
-      __syncwarp();
-      ptx::ClusterSync();  // others read this block's sums
+    Consumer<S> consumer(warpgroup / S::kSide);
+    for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
+      Consume<S>(a, place, s, warpgroup, &consumer);
     }
+    // Others of a cluster read this block's sums, and write to its barriers.
+    if (per_tile > 1) ptx::ClusterSync();
   }
 }
 

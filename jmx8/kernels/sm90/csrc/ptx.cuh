@@ -152,6 +152,42 @@ __device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t value) 
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// `low` in the lower half.
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Of 8 x 8 matrices of 16 bits the columns, to where each lane points with one.
+__device__ __forceinline__ void StoreTransposed(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
+}
+
+__device__ __forceinline__ void StoreTransposed(uint32_t to, const uint32_t (&v)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to),
+               "r"(v[0]), "r"(v[1])
+               : "memory");
+}
+
+__device__ __forceinline__ void StoreTransposed(uint32_t to, const uint32_t (&v)[1]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to),
+               "r"(v[0])
+               : "memory");
+}
+
 // Of another block of the cluster: its address of what is at `address` here.
 __device__ __forceinline__ uint32_t MapShared(uint32_t address, uint32_t rank) {
   uint32_t mapped;
