@@ -1,6 +1,6 @@
 // Which shapes of GemmWgmma there are, and how they are launched.
 //
-// Registers: GemmWgmma <= 224
+// Registers: GemmWgmma <= 168
 #include "gemm_wgmma.cuh"
 
 #include <algorithm>
@@ -68,15 +68,13 @@ template <class S>
 const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   CUtensorMap w_map, x_map;
   if (const char* error =
-          EncodeMaps(g, S::kBoxN, S::kK, S::kRows / S::kCluster, S::kGathers, &w_map, &x_map)) {
+          EncodeMaps(g, S::kBoxN, S::kK, S::kRows, S::kGathers, &w_map, &x_map)) {
     return error;
   }
   Arguments a{g, 0, 0, split_k, 1};
   const int columns = IsGated(g.activation) ? g.n / 2 : g.n;
   const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;
-  const int tile_n_all = tile_n * S::kCluster;
-  a.num_n_tiles = (columns + tile_n_all - 1) / tile_n_all * S::kCluster;
-  if (S::kCluster > 1 && split_k > 1) return "blocks that share rows do not share k";
+  a.num_n_tiles = (columns + tile_n - 1) / tile_n;
   a.num_row_tiles =
       g.tiles != nullptr ? g.max_tiles : (g.num_slots + S::kRows - 1) / S::kRows;
   if (g.tiles == nullptr) a.group_rows = a.num_row_tiles < 8 ? a.num_row_tiles : 8;
@@ -86,7 +84,7 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   if (wgmma::IsDirect<S>(g, split_k)) {
     // A block goes on with another tile, whose loads begin before the last one ends.
     const int64_t most = int64_t{NumMultiprocessors()} * S::kOccupancy;
-    blocks = std::min(blocks, most / S::kCluster * S::kCluster);
+    blocks = std::min(blocks, most);
   }
   auto* kernel = wgmma::GemmWgmma<S>;
   cudaError_t error = cudaFuncSetAttribute(
@@ -99,10 +97,10 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   config.stream = stream;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = split_k * S::kCluster;
+  cluster.val.clusterDim.x = split_k;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
-  config.numAttrs = split_k * S::kCluster > 1;
+  config.numAttrs = split_k > 1;
   error = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -110,40 +108,28 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 }  // namespace
 
 // The variants, as `kN x kK`, warpgroups that share k, blocks per multiprocessor:
-//   0: 64 x 128, 2, 2     1: 64 x 128, 4, 1    2: 128 x 128, 1, 2 (1 from 128 rows)
-//   3: 128 x 128, 2, 2 (1 from 64 rows)        4: 256 x 64, 1, 1
-//   5: 128 x 64, 1, 1     6: as 5, and two blocks load rows for each other
+//   0: 64 x 128, 2, 2                2: 128 x 128, 1, 2 (1 from 128 rows)
+//   4: 256 x 64, 1, 1                5: 128 x 64, 1, 1
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
   if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
   const bool gathers = g.slot_rows != nullptr;
-#define JMX8_SHAPE(rows, variant_, cluster, ...)                                   \
-  if (c.tile_rows == rows && c.variant == variant_) {                              \
-    return gathers ? Launch<Shape<rows, __VA_ARGS__, 1, true>>(g, c.split_k, stream) \
-                   : Launch<Shape<rows, __VA_ARGS__, cluster, false>>(g, c.split_k,  \
-                                                                      stream);     \
+#define JMX8_SHAPE(rows, variant_, ...)                                                \
+  if (c.tile_rows == rows && c.variant == variant_) {                                  \
+    return gathers ? Launch<Shape<rows, __VA_ARGS__, true>>(g, c.split_k, stream)      \
+                   : Launch<Shape<rows, __VA_ARGS__, false>>(g, c.split_k, stream);    \
   }
-  JMX8_SHAPE(8, 0, 1, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(8, 1, 1, 1, 1, 4, 128, 1)
-  JMX8_SHAPE(8, 3, 1, 2, 1, 2, 128, 2)
-  JMX8_SHAPE(16, 0, 1, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(16, 1, 1, 1, 1, 4, 128, 1)
-  JMX8_SHAPE(16, 3, 1, 2, 1, 2, 128, 2)
-  JMX8_SHAPE(8, 2, 1, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(16, 2, 1, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(16, 4, 1, 2, 2, 1, 64, 2)
-  JMX8_SHAPE(32, 4, 1, 2, 2, 1, 64, 2)
-  JMX8_SHAPE(32, 0, 1, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(32, 2, 1, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(32, 3, 1, 2, 1, 2, 128, 2)
-  JMX8_SHAPE(64, 0, 1, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(64, 2, 1, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(64, 3, 1, 2, 1, 2, 128, 1)
-  JMX8_SHAPE(64, 4, 1, 2, 2, 1, 64, 1)
-  JMX8_SHAPE(128, 2, 1, 1, 2, 1, 128, 1)
-  JMX8_SHAPE(128, 3, 1, 2, 1, 2, 128, 1)
-  JMX8_SHAPE(128, 4, 1, 2, 2, 1, 64, 1)
-  JMX8_SHAPE(256, 5, 1, 1, 2, 1, 64, 1)
-  JMX8_SHAPE(256, 6, 2, 1, 2, 1, 64, 1)
+  JMX8_SHAPE(8, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(8, 2, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(16, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(16, 2, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(32, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(32, 2, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(64, 0, 1, 1, 2, 128, 2)
+  JMX8_SHAPE(64, 2, 1, 2, 1, 128, 2)
+  JMX8_SHAPE(64, 4, 2, 2, 1, 64, 1)
+  JMX8_SHAPE(128, 2, 1, 2, 1, 128, 1)
+  JMX8_SHAPE(128, 4, 2, 2, 1, 64, 1)
+  JMX8_SHAPE(256, 5, 1, 2, 1, 64, 1)
 #undef JMX8_SHAPE
   return "gemm_wgmma.cu has no such configuration";
 }

@@ -16,9 +16,8 @@ namespace jmx8::wgmma {
 // kDeep: warpgroups beside each other in n, and such that share k. kK: k of a stage.
 // kOccupancy: blocks per multiprocessor.
 template <int kRows_, int kBlocks_, int kSide_, int kDeep_, int kK_, int kOccupancy_,
-          int kCluster_, bool kGathers_>
+          bool kGathers_>
 struct Shape {
-  static constexpr int kCluster = kCluster_;
   static constexpr int kRows = kRows_, kBlocks = kBlocks_, kSide = kSide_;
   static constexpr int kDeep = kDeep_, kK = kK_, kOccupancy = kOccupancy_;
   static constexpr bool kGathers = kGathers_;
@@ -30,6 +29,8 @@ struct Shape {
   static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
   static constexpr int kProducers = kMovesRegisters ? 128 : kGathers ? 64 : 32;
   static constexpr int kThreads = kConsumers + kProducers;
+  // Words of 128 of k without an end of the warpgroup's pipeline.
+  static constexpr int kBodyWords = kRows == 256 ? 2 : 1;
 
   static constexpr int kPerWord = 128 / kK;  // stages that a word of scales is for
   static constexpr int kWeightBytes = kN * kK;
@@ -60,7 +61,7 @@ struct Arguments {
 // One tile of the result, or a part of k of it.
 struct Place {
   int expert, first_slot, num_slots, n0;
-  int first_word, num_words;  // of 128 of k
+  int first_word, num_words;  // of 128 of k, and maybe more than there are: zeros
 };
 
 // Tile `index` of those that there are; false past the last.
@@ -68,7 +69,7 @@ template <class S>
 __device__ bool FindPlace(const Arguments& a, int index, Place* place) {
   const int num_row_tiles =
       a.gemm.tiles == nullptr ? a.num_row_tiles : *a.gemm.num_tiles;
-  const int num_n = a.num_n_tiles / S::kCluster;
+  const int num_n = a.num_n_tiles;
   if (index >= num_row_tiles * num_n) return false;
   // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
   const int group = index / (a.group_rows * num_n);
@@ -87,11 +88,13 @@ __device__ bool FindPlace(const Arguments& a, int index, Place* place) {
     place->num_slots = tile.num_slots;
   }
   const bool gated = IsGated(a.gemm.activation);
-  const int n_tile = rest / in_group * S::kCluster + blockIdx.x % S::kCluster;
-  place->n0 = n_tile * (gated ? S::kBoxN : S::kN);
-  const int words = (a.gemm.k + 127) / 128, rank = blockIdx.x / S::kCluster % a.split_k;
-  place->first_word = words * rank / a.split_k;
-  place->num_words = words * (rank + 1) / a.split_k - place->first_word;
+  place->n0 = rest / in_group * (gated ? S::kBoxN : S::kN);
+  constexpr int kBodyK = 128 * S::kBodyWords;
+  const int bodies = (a.gemm.k + kBodyK - 1) / kBodyK, rank = blockIdx.x % a.split_k;
+  const int first_body = bodies * rank / a.split_k;
+  place->first_word = first_body * S::kBodyWords;
+  place->num_words =
+      (bodies * (rank + 1) / a.split_k - first_body) * S::kBodyWords;
   return true;
 }
 
@@ -151,7 +154,7 @@ struct ScaleLoader {
   }
 
   __device__ __forceinline__ void Load(int slot, int k0, int lane) const {
-    const int first = k0 / 32;
+    const int first = aligned ? min(k0 / 32, pitch - 4) : k0 / 32;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       if (S::kN % S::kProducers != 0 && lane + i * S::kProducers >= S::kN) break;
@@ -226,7 +229,7 @@ struct Producer {
       if (scales.aligned) {
         ptx::BarrierArriveAfterCopies(full);
       } else {  // scales were stored, not copied
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        if (S::kGathers) ptx::CopyAsyncWaitAll();
         ptx::BarrierArrive(full);
       }
       ring.Advance(1);
@@ -236,14 +239,10 @@ struct Producer {
   __device__ __forceinline__ void LoadRows(const Place& p, const Shared& s,
                                            const CUtensorMap* x_map, uint32_t full,
                                            int k0) {
-    // Each block of the cluster loads its part of the rows for all.
-    constexpr int kPart = S::kRows / S::kCluster;
-    const int part = S::kCluster > 1 ? ptx::ClusterRank() * kPart : 0;
 #pragma unroll
     for (int half = 0; half < S::kK / 64; ++half) {
-      ptx::LoadTile2<S::kCluster>(
-          s.rows + ring.stage * S::kRowBytes + (half * S::kRows + part) * 128, x_map,
-          full, k0 + half * 64, p.first_slot + part);
+      ptx::LoadTile2(s.rows + ring.stage * S::kRowBytes + half * S::kRows * 128, x_map,
+                     full, k0 + half * 64, p.first_slot);
     }
   }
 
@@ -271,6 +270,7 @@ template <class S>
 struct Consumer {
   static constexpr int kSteps = S::kK / 16;  // of one stage
   static constexpr int kBlockN = 32 * S::kSide;
+  static constexpr int kBuffers = S::kRows == 256 ? 3 : 2;
 
   Ring<S> multiplied, loaded, words;
   float sums[S::kBlocks][S::kRows / 2];
@@ -308,61 +308,66 @@ struct Consumer {
     }
     if (deep >= p.num_words) return;
     constexpr int kToNextWord = (S::kDeep - 1) * S::kPerWord + 1;
-    uint32_t a[2][S::kBlocks][4];
+    constexpr int kBody = 8 * S::kBodyWords;
+    uint32_t a[kBuffers][S::kBlocks][4];
     Wait(s, loaded);
     LoadPairs(s, loaded.stage, 0, pairs[0]);
     LoadScales(s, words, row);
     FindFactors(0);
     Widen(pairs[0], a[0]);
     LoadPairs(s, loaded.stage, 1, pairs[1]);
-    for (int i = deep; i < p.num_words; i += S::kDeep) {
-      const bool is_last = i + S::kDeep >= p.num_words;
+    for (int i = deep; i < p.num_words; i += S::kDeep * S::kBodyWords) {
+      const bool is_last = i + S::kDeep * S::kBodyWords >= p.num_words;
+      int stage_before = 0;
       uint64_t rows = ptx::SwizzledDescriptor(s.rows + multiplied.stage * S::kRowBytes);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int stage_before = multiplied.stage;
+      for (int j = 0; j < kBody; ++j) {
         if (j > 0 && j % kSteps == 0) {
+          stage_before = multiplied.stage;
           multiplied.Advance(1);
           rows = ptx::SwizzledDescriptor(s.rows + multiplied.stage * S::kRowBytes);
         }
         ptx::WgmmaFence();
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
-          ptx::Wgmma<S::kRows>(sums[b], a[j % 2][b],
+          ptx::Wgmma<S::kRows>(sums[b], a[j % kBuffers][b],
                                rows + j % kSteps / 4 * S::kRows * 8 + j % 4 * 2);
         }
         ptx::WgmmaCommit();
-        if (j + 2 == 8) {
-          loaded.Advance(kToNextWord);
-          words.Advance(S::kDeep);
+        if ((j + 2) % kSteps == 0) {
+          loaded.Advance((j + 2) % 8 == 0 ? kToNextWord : 1);
           // What is read past the end is not used: a condition would cost more.
-          if (!is_last) Wait(s, loaded);
+          if (j + 2 < kBody || !is_last) Wait(s, loaded);
+        }
+        if ((j + 2) % 8 == 0) {
+          words.Advance(S::kDeep);
           LoadScales(s, words, row);
-        } else if ((j + 2) % kSteps == 0) {
-          loaded.Advance(1);
-          Wait(s, loaded);
         }
         LoadPairs(s, loaded.stage, (j + 2) % kSteps, pairs[j % 2]);
-        ptx::WgmmaWait<1>();  // what read a[(j + 1) % 2]
-        if (j > 0 && j % kSteps == 0) Release(s, stage_before);
-        Widen(pairs[(j + 1) % 2], a[(j + 1) % 2]);
+        ptx::WgmmaWait<kBuffers - 1>();  // what read a[(j + 1) % kBuffers]
+        if (j > kBuffers - 2 && (j - kBuffers + 2) % kSteps == 0) Release(s, stage_before);
+        Widen(pairs[(j + 1) % 2], a[(j + 1) % kBuffers]);
         if (j % 2 == 0) FindFactors((j + 2) / 2 % 4);
       }
       // Sums that are under way cannot be carried around a loop in registers.
       ptx::WgmmaWait<0>();
       Release(s, multiplied.stage);
       multiplied.Advance(kToNextWord);
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[0][b][r] = a[kBody % kBuffers][b][r];
+      }
     }
   }
 
   __device__ __forceinline__ void Release(const Shared& s, int stage) {
-    if (threadIdx.x % 128 < S::kCluster) {
-      ptx::BarrierArriveAt(s.empty + 8 * stage, threadIdx.x % 128, S::kCluster);
-    }
+    if (threadIdx.x % 128 == 0) ptx::BarrierArrive(s.empty + 8 * stage);
   }
 
   __device__ __forceinline__ void Wait(const Shared& s, const Ring<S>& ring) {
     ptx::BarrierWait(s.full + 8 * ring.stage, ring.turn);
+    // Gathered rows are copied by ordinary means, which wgmma does not see by itself.
     if constexpr (S::kGathers) ptx::FenceAsyncProxy();
   }
 
@@ -662,16 +667,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::BarrierInit(s.full + 8 * i, S::kProducers + 1);
-      ptx::BarrierInit(s.empty + 8 * i, S::kSide * S::kCluster);
+      ptx::BarrierInit(s.empty + 8 * i, S::kSide);
     }
     ptx::FenceBarrierInit();
   }
   __syncthreads();
-  if constexpr (S::kCluster > 1) ptx::ClusterSync();
   // The same in all lanes, as the compiler must know.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int per_tile = a.split_k * S::kCluster;
-  const int first = blockIdx.x / per_tile, stride = gridDim.x / per_tile;
+  const int first = blockIdx.x / a.split_k, stride = gridDim.x / a.split_k;
   Place place;
   if (warpgroup == S::kConsumers / 128) {
     if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -680,16 +683,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
       producer.Run(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
     }
     __syncwarp();
-    if (a.split_k > 1) ptx::ClusterSync();
-    if (per_tile > 1) ptx::ClusterSync();
+    if (a.split_k > 1) {
+      ptx::ClusterSync();
+      ptx::ClusterSync();
+    }
   } else {
     if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     Consumer<S> consumer(warpgroup / S::kSide);
-    for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
+    bool found = FindPlace<S>(a, first, &place);
+    for (int i = first + stride; found; i += stride) {
+      Place next;
+      found = FindPlace<S>(a, i, &next);  // now, for it takes long
       Consume<S>(a, place, s, warpgroup, &consumer);
+      place = next;
     }
-    // Others of a cluster read this block's sums, and write to its barriers.
-    if (per_tile > 1) ptx::ClusterSync();
+    if (a.split_k > 1) ptx::ClusterSync();  // others read this block's sums
   }
 }
 
