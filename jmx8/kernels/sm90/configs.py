@@ -27,13 +27,13 @@ VERSION = "1"
 
 # The variants of each number of tile rows, and those that a first expert matmul can
 # have, with a gather and a gate: of gemm_mma.cu and of gemm_wgmma.cu.
-_MMA = dict.fromkeys((1, 8, 16), range(11))
-_MMA_FIRST = (3, 4, 5, 6, 8, 9, 10)
+_MMA = {1: (1, 2, 3, 4, 7), 8: (1, 2, 4, 6, 7), 16: (2, 4, 6, 7)}
+_MMA_FIRST = (2, 6)
 _WGMMA = {
-    **dict.fromkeys((8, 16), (0, 1, 3)),
-    **{32: (0, 2, 3), 64: (0, 2, 3, 4), 128: (2, 3, 4), 256: (5,)},
+    **dict.fromkeys((8, 16, 32), (0, 2)),
+    **{64: (0, 2, 4), 128: (2, 4), 256: (5,)},
 }
-_WGMMA_FIRST = (3, 4)
+_WGMMA_FIRST = (0, 2, 4, 5)
 _WGMMA_SPLIT_K = (1, 2, 4, 8)
 
 

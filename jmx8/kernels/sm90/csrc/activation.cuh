@@ -5,7 +5,18 @@
 
 namespace jmx8 {
 
-__device__ __forceinline__ float Sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Within 2^-20 of itself, in few instructions; what it is for is rounded to bf16.
+__device__ __forceinline__ float Sigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+__device__ __forceinline__ float ApplySwiGlu(float gate, float up, float alpha,
+                                             float beta, float limit) {
+  // Comparisons rather than fminf, which would return the limit for NaN.
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  return gate * Sigmoid(alpha * gate) * (up + beta);
+}
 
 // kSwiGluOai reads the three parameters, the others none.
 __device__ __forceinline__ float ApplyGated(Activation activation, float gate, float up,
@@ -19,10 +30,7 @@ __device__ __forceinline__ float ApplyGated(Activation activation, float gate, f
       return 0.5f * gate *
              (1.0f + tanhf(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
     default:
-      // Comparisons rather than fminf, which would return the limit for NaN.
-      gate = gate > limit ? limit : gate;
-      up = up > limit ? limit : up < -limit ? -limit : up;
-      return gate * Sigmoid(alpha * gate) * (up + beta);
+      return ApplySwiGlu(gate, up, alpha, beta, limit);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "gemm_wgmma.cuh"
 
 #include <algorithm>
+#include <limits>
 
 namespace jmx8 {
 namespace {
@@ -111,6 +112,14 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 //   0: 64 x 128, 2, 2                2: 128 x 128, 1, 2 (1 from 128 rows)
 //   4: 256 x 64, 1, 1                5: 128 x 64, 1, 1
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
+  if (g.activation == Activation::kSilu) {  // a case of kSwiGluOai
+    Gemm same = g;
+    same.activation = Activation::kSwiGluOai;
+    same.alpha = 1;
+    same.beta = 0;
+    same.limit = std::numeric_limits<float>::infinity();
+    return LaunchGemmWgmma(same, c, stream);
+  }
   if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
   const bool gathers = g.slot_rows != nullptr;
 #define JMX8_SHAPE(rows, variant_, ...)                                                \

@@ -1,0 +1,137 @@
+// The warps of GemmWgmma that load.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "wgmma_shape.cuh"
+
+namespace jmx8::wgmma {
+
+// Copies the scales of 128 of k at a time: a word for each row of weights, 0 past k.
+template <class S>
+struct ScaleLoader {
+  static constexpr int kWords = (S::kN + S::kProducers - 1) / S::kProducers;
+
+  const uint8_t* from[kWords];
+  uint32_t to;
+  int pitch;
+  bool aligned;  // to words
+
+  __device__ __forceinline__ ScaleLoader(const Gemm& g, const Place& p, uint32_t scales,
+                                         int lane)
+      : to(scales + 4 * lane), pitch(g.k / 32), aligned(g.k % 128 == 0) {
+    const int distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int word = lane + i * S::kProducers;
+      const int n = p.n0 + word % S::kBoxN + word / S::kBoxN * distance;
+      from[i] = g.scales + (int64_t{p.expert} * g.n + min(n, g.n - 1)) * pitch;
+    }
+  }
+
+  __device__ __forceinline__ void Load(int slot, int k0, int lane) const {
+    const int first = aligned ? min(k0 / 32, pitch - 4) : k0 / 32;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (S::kN % S::kProducers != 0 && lane + i * S::kProducers >= S::kN) break;
+      const uint32_t at = to + slot * S::kScaleBytes + 4 * i * S::kProducers;
+      if (aligned) {
+        ptx::CopyAsync4(at, from[i] + first);
+      } else {
+        uint32_t word = 0;
+        for (int j = 0; j < 4 && first + j < pitch; ++j) {
+          word |= uint32_t{from[i][first + j]} << (8 * j);
+        }
+        ptx::StoreShared32(at, word);
+      }
+    }
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
+                                           const Shared& s, int k0, uint32_t to,
+                                           int lane) {
+#pragma unroll
+  for (int half = 0; half < S::kK / 64; ++half) {
+    const int chunk = lane % 8, k = k0 + half * 64 + chunk * 8;
+    const uint32_t bytes = k < g.k ? 16 : 0;
+    const auto* x = static_cast<const uint4*>(g.x) + (bytes ? k / 8 : 0);
+    to += half * S::kRows * 128;
+#pragma unroll 4
+    for (int row = lane / 8; row < p.num_slots; row += S::kProducers / 8) {
+      const uint32_t first = ptx::LoadShared32(s.slot_rows + 4 * row);
+      ptx::CopyAsync16(to + row * 128 + ((chunk ^ (row & 7)) << 4), x + first, bytes);
+    }
+  }
+}
+
+template <class S>
+struct Producer {
+  Ring<S> ring, words;
+
+  __device__ __forceinline__ void Run(const Arguments& a, const Place& p,
+                                      const Shared& s, const CUtensorMap* w_map,
+                                      const CUtensorMap* x_map, int lane) {
+    const Gemm& g = a.gemm;
+    const int box_distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
+    // Weights that no other tile of rows reads should not displace the rest.
+    const bool once = g.num_slots <= S::kRows * int64_t{g.num_experts};
+    const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
+    constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
+    const ScaleLoader<S> scales(g, p, s.scales, lane);
+    if constexpr (S::kGathers) FindRows(g, p, s, lane);
+    for (int i = 0; i < p.num_words * S::kPerWord; ++i) {
+      const int stage = ring.stage, k0 = p.first_word * 128 + i * S::kK;
+      const uint32_t full = s.full + 8 * stage;
+      ptx::BarrierWait(s.empty + 8 * stage, ring.turn ^ 1);
+      if (lane == 0) {
+        ptx::BarrierArriveExpect(full, kBytes);
+#pragma unroll
+        for (int box = 0; box < 2; ++box) {
+          ptx::LoadTile3(
+              s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK, w_map, full,
+              k0, p.n0 + box * box_distance, p.expert, policy);
+        }
+        if constexpr (!S::kGathers) LoadRows(p, s, x_map, full, k0);
+      }
+      if (k0 % 128 == 0) {
+        scales.Load(words.stage, k0, lane);
+        words.Advance(1);
+      }
+      if constexpr (S::kGathers) {
+        GatherRows<S>(g, p, s, k0, s.rows + stage * S::kRowBytes, lane);
+      }
+      if (scales.aligned) {
+        ptx::BarrierArriveAfterCopies(full);
+      } else {  // scales were stored, not copied
+        if (S::kGathers) ptx::CopyAsyncWaitAll();
+        ptx::BarrierArrive(full);
+      }
+      ring.Advance(1);
+    }
+  }
+
+  __device__ __forceinline__ void LoadRows(const Place& p, const Shared& s,
+                                           const CUtensorMap* x_map, uint32_t full,
+                                           int k0) {
+#pragma unroll
+    for (int half = 0; half < S::kK / 64; ++half) {
+      ptx::LoadTile2(s.rows + ring.stage * S::kRowBytes + half * S::kRows * 128, x_map,
+                     full, k0 + half * 64, p.first_slot);
+    }
+  }
+
+  // Where the rows begin that the tile gathers, in units of 16 bytes.
+  __device__ __forceinline__ void FindRows(const Gemm& g, const Place& p,
+                                           const Shared& s, int lane) {
+    ptx::NamedBarrier(2, S::kProducers);
+    for (int i = lane; i < p.num_slots; i += S::kProducers) {
+      const uint32_t row = g.slot_rows[p.first_slot + i];
+      ptx::StoreShared32(s.slot_rows + 4 * i, row * (g.k / 8));
+    }
+    ptx::NamedBarrier(2, S::kProducers);
+  }
+};
+
+}  // namespace jmx8::wgmma

@@ -1,0 +1,128 @@
+// How the work of GemmWgmma is divided.
+#pragma once
+
+#include "kernels.h"
+#include "ptx.cuh"
+
+namespace jmx8::wgmma {
+
+// kRows: rows of x of a tile. kBlocks: blocks of 64 weight rows of a warpgroup. kSide,
+// kDeep: warpgroups beside each other in n, and such that share k. kK: k of a stage.
+// kOccupancy: blocks per multiprocessor.
+template <int kRows_, int kBlocks_, int kSide_, int kDeep_, int kK_, int kOccupancy_,
+          bool kGathers_>
+struct Shape {
+  static constexpr int kRows = kRows_, kBlocks = kBlocks_, kSide = kSide_;
+  static constexpr int kDeep = kDeep_, kK = kK_, kOccupancy = kOccupancy_;
+  static constexpr bool kGathers = kGathers_;
+
+  static constexpr int kN = 64 * kSide * kBlocks;
+  static constexpr int kBoxN = kN / 2;  // if gated, one box is the gate's, one that of up
+  static constexpr int kConsumers = 128 * kSide * kDeep;
+  // Large sums need registers that a whole producing warpgroup can give up.
+  static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
+  static constexpr int kProducers = kMovesRegisters ? 128 : kGathers ? 64 : 32;
+  static constexpr int kThreads = kConsumers + kProducers;
+  // Words of 128 of k without an end of the warpgroup's pipeline.
+  static constexpr int kBodyWords = kRows == 256 ? 2 : 1;
+
+  static constexpr int kPerWord = 128 / kK;  // stages that a word of scales is for
+  static constexpr int kWeightBytes = kN * kK;
+  static constexpr int kRowBytes = kRows * kK * 2;
+  static constexpr int kStageBytes = kWeightBytes + kRowBytes;
+  static constexpr int kScaleBytes = kN * 4;  // 128 of k
+  static constexpr int kFixedBytes = 1024 + kRows * 4 + kConsumers * 16;
+  static constexpr int kBudget = 227 * 1024 / kOccupancy - kFixedBytes - 1024;
+  static constexpr int kFit = kBudget / (kStageBytes + kScaleBytes);
+  static constexpr int kStages = kFit < 12 ? kFit : 12;
+  static constexpr int kPitch = kN + 4;  // floats; free of bank conflicts
+  static constexpr int kPartialBytes = kRows * kPitch * 4;
+  static constexpr int kPipelineBytes = kStages * (kStageBytes + kScaleBytes);
+  static constexpr int kSharedBytes =
+      1024 + kFixedBytes +
+      (kPipelineBytes > kDeep * kPartialBytes ? kPipelineBytes : kDeep * kPartialBytes);
+
+  static_assert(kStages >= 2 && kSharedBytes <= 227 * 1024);
+  static_assert(kStages > kDeep, "a warpgroup waits for a stage while it holds another");
+  static_assert(kDeep == 1 || kK == 128, "a scale word is one stage's");
+};
+
+struct Arguments {
+  Gemm gemm;
+  int num_row_tiles, num_n_tiles, split_k, group_rows;
+};
+
+// One tile of the result, or a part of k of it.
+struct Place {
+  int expert, first_slot, num_slots, n0;
+  int first_word, num_words;  // of 128 of k, and maybe more than there are: zeros
+};
+
+// Tile `index` of those that there are; false past the last.
+template <class S>
+__device__ bool FindPlace(const Arguments& a, int index, Place* place) {
+  const int num_row_tiles =
+      a.gemm.tiles == nullptr ? a.num_row_tiles : *a.gemm.num_tiles;
+  const int num_n = a.num_n_tiles;
+  if (index >= num_row_tiles * num_n) return false;
+  // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
+  const int group = index / (a.group_rows * num_n);
+  const int first = group * a.group_rows;
+  const int in_group = min(a.group_rows, num_row_tiles - first);
+  const int rest = index - first * num_n;
+  const int row_tile = first + rest % in_group;
+  if (a.gemm.tiles == nullptr) {
+    place->expert = 0;
+    place->first_slot = row_tile * S::kRows;
+    place->num_slots = min(S::kRows, a.gemm.num_slots - place->first_slot);
+  } else {
+    const Tile tile = a.gemm.tiles[row_tile];
+    place->expert = tile.expert;
+    place->first_slot = tile.first_slot;
+    place->num_slots = tile.num_slots;
+  }
+  const bool gated = IsGated(a.gemm.activation);
+  place->n0 = rest / in_group * (gated ? S::kBoxN : S::kN);
+  constexpr int kBodyK = 128 * S::kBodyWords;
+  const int bodies = (a.gemm.k + kBodyK - 1) / kBodyK, rank = blockIdx.x % a.split_k;
+  const int first_body = bodies * rank / a.split_k;
+  place->first_word = first_body * S::kBodyWords;
+  place->num_words =
+      (bodies * (rank + 1) / a.split_k - first_body) * S::kBodyWords;
+  return true;
+}
+
+struct Shared {
+  uint32_t weights, rows, scales, full, empty, slot_rows, transposed;
+};
+
+template <class S>
+__device__ Shared DivideShared(uint32_t base) {
+  Shared s;
+  s.full = base;
+  s.empty = base + 8 * S::kStages;
+  s.slot_rows = base + 1024;
+  s.transposed = s.slot_rows + S::kRows * 4;
+  // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
+  s.weights = (base + S::kFixedBytes + 1023) / 1024 * 1024;
+  s.rows = s.weights + S::kStages * S::kWeightBytes;
+  s.scales = s.rows + S::kStages * S::kRowBytes;
+  return s;
+}
+
+// Which stage is next, and which turn of the ring it is.
+template <class S>
+struct Ring {
+  int stage = 0;
+  uint32_t turn = 0;
+
+  __device__ __forceinline__ void Advance(int stages) {
+    stage += stages;
+    if (stage >= S::kStages) {
+      stage -= S::kStages;
+      turn ^= 1;
+    }
+  }
+};
+
+}  // namespace jmx8::wgmma
