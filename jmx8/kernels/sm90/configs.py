@@ -27,8 +27,8 @@ VERSION = "1"
 
 # The variants of each number of tile rows, and those that a first expert matmul can
 # have, with a gather and a gate: of gemm_mma.cu and of gemm_wgmma.cu.
-_MMA = {1: (1, 2, 3, 4, 7), 8: (1, 2, 4, 6, 7), 16: (2, 4, 6, 7)}
-_MMA_FIRST = (2, 6)
+_MMA = {1: (1, 2, 3, 7), 8: (2, 4, 6, 7), 16: (4, 6, 7)}
+_MMA_FIRST = (2, 4, 6)
 _WGMMA = {
     **dict.fromkeys((8, 16, 32), (0, 2)),
     **{64: (0, 2, 4), 128: (2, 4), 256: (5,)},

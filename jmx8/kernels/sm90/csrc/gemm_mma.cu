@@ -1,47 +1,36 @@
-// Variants and launch of the kernel for few rows.
+// Which shapes of GemmMma there are, and how they are launched.
+//
+// Registers: GemmMma <= 152
 #include "gemm_mma.cuh"
+#include "tensor_map.h"
 
 namespace jmx8 {
 namespace {
 
-using KernelFunction = void (*)(Gemm, int);
+using KernelFunction = void (*)(Gemm, CUtensorMap, int);
 
 struct Entry {
   int variant, slots, rows, weight_tiles, threads, shared_bytes;
   KernelFunction kernel;
 };
 
-template <int kVariant, typename S>
-constexpr Entry MakeEntry() {
-  if constexpr (!S::kFits) {
-    return {};
-  } else {
-    return {kVariant,    S::kSlots,       S::kRows,       S::kWeightTiles,
-            S::kThreads, S::kSharedBytes, mma::Kernel<S>};
-  }
+template <typename S>
+constexpr Entry MakeEntry(int variant) {
+  static_assert(S::kFits);
+  return {variant,     S::kSlots,       S::kRows,       S::kWeightTiles,
+          S::kThreads, S::kSharedBytes, mma::GemmMma<S>};
 }
 
-// variant, warps, warps that share k, weight tiles of 16 rows per warp, stages
-#ifndef JMX8_MMA_SLOTS
-#define JMX8_MMA_SLOTS(V) V(1) V(8) V(16)
-#endif
-#define JMX8_MMA_VARIANTS(slots) \
-  MakeEntry<0, mma::Shape<4, 4, 1, 4, slots>>(), \
-  MakeEntry<1, mma::Shape<8, 8, 1, 2, slots>>(), \
-  MakeEntry<2, mma::Shape<4, 4, 2, 2, slots>>(), \
-  MakeEntry<3, mma::Shape<4, 4, 2, 4, slots>>(), \
-  MakeEntry<4, mma::Shape<8, 8, 2, 2, slots>>(), \
-  MakeEntry<5, mma::Shape<4, 4, 4, 2, slots>>(), \
-  MakeEntry<6, mma::Shape<8, 8, 4, 2, slots>>(), \
-  MakeEntry<7, mma::Shape<4, 4, 3, 3, slots>>(), \
-  MakeEntry<8, mma::Shape<4, 2, 2, 3, slots>>(), \
-  MakeEntry<9, mma::Shape<8, 2, 2, 2, slots>>(), \
-  MakeEntry<10, mma::Shape<2, 2, 4, 4, slots>>(), \
-  MakeEntry<11, mma::Shape<4, 1, 2, 3, slots>>(),
-
+// Variants, as warps, warps that share k, tiles of 16 weight rows of a warp, stages:
+//   1: 8, 8, 1, 2    2: 4, 4, 2, 2    3: 4, 4, 1, 2
+//   4: 8, 8, 2, 2    6: 4, 2, 2, 2    7: 4, 4, 3, 2
 constexpr Entry kEntries[] = {
-#define JMX8_MMA_ENTRIES(slots) JMX8_MMA_VARIANTS(slots)
-    JMX8_MMA_SLOTS(JMX8_MMA_ENTRIES)};
+    MakeEntry<mma::Shape<8, 8, 1, 2, 1>>(1),  MakeEntry<mma::Shape<4, 4, 2, 2, 1>>(2),
+    MakeEntry<mma::Shape<4, 4, 1, 2, 1>>(3),  MakeEntry<mma::Shape<4, 4, 3, 2, 1>>(7),
+    MakeEntry<mma::Shape<4, 4, 2, 2, 8>>(2),  MakeEntry<mma::Shape<8, 8, 2, 2, 8>>(4),
+    MakeEntry<mma::Shape<4, 2, 2, 2, 8>>(6),  MakeEntry<mma::Shape<4, 4, 3, 2, 8>>(7),
+    MakeEntry<mma::Shape<8, 8, 2, 2, 16>>(4), MakeEntry<mma::Shape<4, 2, 2, 2, 16>>(6),
+    MakeEntry<mma::Shape<4, 4, 3, 2, 16>>(7)};
 
 }  // namespace
 
@@ -63,11 +52,13 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
     int64_t tiles = g.tiles ? g.max_tiles : (g.num_slots + entry.slots - 1) / entry.slots;
     if (row_blocks * tiles == 0) return nullptr;
     if (row_blocks * tiles > INT32_MAX) return "gemm_mma: too many thread blocks";
+    CUtensorMap map;
+    if (const char* error = EncodeElements(g, 16, 128, &map)) return error;
     cudaError_t error = cudaFuncSetAttribute(
         entry.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_bytes);
     if (error == cudaSuccess) {
       entry.kernel<<<static_cast<unsigned>(row_blocks * tiles), entry.threads,
-                     entry.shared_bytes, stream>>>(g, row_blocks);
+                     entry.shared_bytes, stream>>>(g, map, row_blocks);
       error = cudaGetLastError();
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -1,12 +1,11 @@
 // The kernel for few rows: mma.sync.m16n8k16 with the weights on the side of 16 rows.
 //
 // A warp owns 16 * kWeightTiles rows of the weight and every kWarpsK-th unit of 128
-// columns. Lane 4 r + c multiplies, of rows r and r + 8 and of slot r, the columns
-// [16 c, 16 c + 16) of each half unit, a half being one k step of four mma: the order
-// of k within a step is free as long as weights and activations agree, so both are read
-// as they lie in memory. Every lane copies what it will multiply into its own part of a
-// ring of stages in shared memory (the scales of a row are copied by one lane for the
-// four that need them). No barrier is needed until the warps add up their sums.
+// columns. Lane 4 r + c multiplies the MX block c of the unit, of rows r and r + 8 and
+// of slot r: the order of k within mma is free as long as weights and activations agree,
+// so both are read as they lie in memory. Each warp has a ring of stages in shared
+// memory of its own, which it fills itself: no warp waits for another until they add up
+// their sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,37 +29,29 @@ struct Shape {
   static constexpr int kWarpRows = kWeightTiles * 16;
   static constexpr int kRows = kRowGroups * kWarpRows;
   static constexpr int kSlotTiles = (kSlots + 7) / 8;
-  static constexpr int kSlotsPerTile = kSlots < 8 ? kSlots : 8;
-  static constexpr int kElementCopies = kWarpRows / 4;
   static constexpr int kActivationCopies = (kSlots + 1) / 2;
   static constexpr int kScaleCopies = (kWarpRows + 31) / 32;
-  // One stage of a warp: elements, activations, scales (8 bytes per row, since the four
-  // that are needed may lie across two aligned words).
-  static constexpr int kElementBytes = kWarpRows * kUnit;
-  static constexpr int kActivationBytes = kSlotTiles * kSlotsPerTile * kUnit * 2;
-  static constexpr int kStageBytes = kElementBytes + kActivationBytes + kWarpRows * 8;
-  static constexpr int kWarpBytes = kStageBytes * kStages;
-  static constexpr int kSharedBytes = kWarpBytes * kWarps;
+  // A warp's part of shared memory: stages of elements, which the copy engine wants
+  // aligned to 1024 bytes; stages of activations and scales; a barrier for each stage. A
+  // row has 8 bytes of scales, as the four that are needed may lie across two words.
+  static constexpr int kBarrierBytes = 16;
+  static constexpr int kTileBytes = 16 * kUnit;
+  static constexpr int kElementBytes = kWeightTiles * kTileBytes;
+  static constexpr int kActivationBytes = kSlots * kUnit * 2;
+  static constexpr int kOtherBytes = kActivationBytes + kWarpRows * 8 + kBarrierBytes;
+  static constexpr int kSharedBytes = kWarps * kStages * (kElementBytes + kOtherBytes);
   // Sums of one mma: slots of 16 rows, padded so that a warp's stores hit all banks.
   static constexpr int kSumPitch = 20;
   static constexpr int kSumBytes = kWeightTiles * kSlotTiles * 8 * kSumPitch * 4;
-  static constexpr int kBlocksBySharedMemory = 232448 / (kSharedBytes + 1024);
+  static constexpr int kBlocksBySharedMemory = 233472 / (kSharedBytes + 1024);
   static constexpr int kBlocksByRegisters =
       65536 / (kThreads * (kWeightTiles * kSlotTiles >= 8 ? 168 : 128));
   static constexpr int kBlocks = kBlocksBySharedMemory < kBlocksByRegisters
                                      ? kBlocksBySharedMemory
                                      : kBlocksByRegisters;
   static constexpr bool kFits = kBlocks >= 1;
-  static_assert(kWarps % kWarpsK == 0 && kSumBytes <= kWarpBytes);
+  static_assert(kWarps % kWarpsK == 0 && kSumBytes <= kStages * kElementBytes);
 };
-
-__device__ __forceinline__ void CopyElements(uint32_t to, const uint8_t* from,
-                                             uint32_t bytes, uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
-      "l"(from), "r"(bytes), "l"(policy)
-      : "memory");
-}
 
 __device__ __forceinline__ void CopyScales(uint32_t to, const uint8_t* from,
                                            uint32_t bytes) {
@@ -69,37 +60,12 @@ __device__ __forceinline__ void CopyScales(uint32_t to, const uint8_t* from,
                : "memory");
 }
 
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
-  return v;
-}
-
-__device__ __forceinline__ uint2 LoadShared64(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "r"(address));
-  return v;
-}
-
 __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
-                                    const uint32_t* b) {
+                                    uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // What a thread block works on. Gated: weight tiles alternate between rows of the gate
@@ -115,146 +81,143 @@ struct Block {
     return first_row + (gated ? tiles / 2 : tiles) * 16;
   }
 
-  // The weight's row; past the last one, the last: its sums are not stored.
-  __device__ __forceinline__ int WeightRow(int group, int row) const {
-    int output = min(OutputRow(group, row / 16) + row % 16, num_rows - 1);
-    return gated && (row / 16) % 2 ? num_rows + output : output;
+  // May be past the last row: whatever is multiplied there is not stored.
+  __device__ __forceinline__ int WeightRow(int group, int weight_tile) const {
+    int row = OutputRow(group, weight_tile);
+    return gated && weight_tile % 2 ? num_rows + row : row;
   }
 };
 
 // One warp's copies and products.
-//
-// In a stage, a row of elements is 128 bytes and one of activations 256. Their chunks of
-// 16 bytes are exchanged so that copies, which write whole rows, and products, which
-// read some chunks of several rows, both use all banks.
 template <typename S>
 struct Warp {
   const Gemm& g;
-  const uint8_t *elements, *scales, *x;  // of the expert; from the lane's chunk on
-  uint32_t ring;
-  int lane, r, c, slots, units;
+  const CUtensorMap* map;
+  const Tile tile;
+  uint32_t elements, others, barriers;  // its parts of shared memory
+  int lane, r, c;
+  int units;
+  int map_row;  // of the weight tile that the lane copies
+  const uint8_t* scales[S::kScaleCopies];
+  const uint8_t* x[S::kActivationCopies];
+  uint32_t code_at[2];  // of row r in even and odd weight tiles
   uint64_t policy;
-  uint32_t element_offset[S::kElementCopies], x_offset[S::kActivationCopies];
-  uint32_t scale_offset[S::kScaleCopies], scale_shift[S::kWeightTiles];
-  int64_t scale_end;
   float sums[S::kWeightTiles][S::kSlotTiles][4];
 
-  __device__ __forceinline__ Warp(const Gemm& gemm, const Block<S>& block,
-                                  uint32_t shared)
+  __device__ __forceinline__ Warp(const Gemm& gemm, const CUtensorMap* element_map,
+                                  const Block<S>& block, uint32_t shared)
       : g(gemm),
-        ring(shared + threadIdx.x / 32 * S::kWarpBytes),
+        map(element_map),
+        tile(block.tile),
         lane(threadIdx.x % 32),
         r(lane / 4),
         c(lane % 4),
-        slots(block.tile.num_slots),
         units((g.k + kUnit - 1) / kUnit),
         policy(ptx::EvictFirstPolicy()),
         sums{} {
-    int group = threadIdx.x / 32 / S::kWarpsK;
-    int64_t matrix = int64_t{block.tile.expert} * g.n;
-    elements = g.w + matrix * g.k + lane % 8 * 16;
-#pragma unroll
-    for (int i = 0; i < S::kElementCopies; ++i) {
-      element_offset[i] = block.WeightRow(group, i * 4 + lane / 8) * g.k;
-    }
-    // Aligned downwards; what that skips is shifted out when a row is read.
-    int64_t skipped = matrix * (g.k / 32) % 4;
-    scales = g.scales + matrix * (g.k / 32) - skipped;
-    scale_end = (int64_t{g.num_experts} * g.n - matrix) * (g.k / 32) + skipped;
+    int warp = threadIdx.x / 32, group = warp / S::kWarpsK;
+    elements = shared + warp * S::kStages * S::kElementBytes;
+    others = shared + S::kWarps * S::kStages * S::kElementBytes +
+             warp * S::kStages * S::kOtherBytes;
+    barriers = others + S::kStages * (S::kOtherBytes - S::kBarrierBytes);
+    map_row = block.WeightRow(group, lane % S::kWeightTiles);
+    int64_t matrix = int64_t{tile.expert} * g.n;
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
-      int row = min(i * 32 + lane, S::kWarpRows - 1);
-      scale_offset[i] = (block.WeightRow(group, row) * (g.k / 32) + skipped) & ~3u;
+      int row = i * 32 + lane;
+      scales[i] = g.scales + ScaleOffset(matrix + block.WeightRow(group, row / 16) +
+                                         row % 16);
     }
 #pragma unroll
-    for (int i = 0; i < S::kWeightTiles; ++i) {
-      uint32_t first = block.WeightRow(group, i * 16 + r) * (g.k / 32) + skipped;
-      scale_shift[i] = 8 * (first % 4 + c / 2);
+    for (int i = 0; i < 2; ++i) {
+      int64_t row = matrix + block.WeightRow(group, i % S::kWeightTiles) + r;
+      code_at[i] = r * 8 + row * (g.k / 32) % 4 + c;
     }
+    if (lane < S::kStages) ptx::BarrierInit(barriers + lane * 8, 1);
+    ptx::FenceBarrierInit();
+    __syncwarp();
   }
 
-  __device__ __forceinline__ void FindActivations(const Tile& tile) {
-    x = static_cast<const uint8_t*>(g.x) + lane % 16 * 16;
+  // Of the word that has a row's first scale; of rows past the last one, the last's.
+  __device__ __forceinline__ int64_t ScaleOffset(int64_t row) const {
+    int64_t last = int64_t{g.num_experts} * g.n - 1;
+    return (row < last ? row : last) * (g.k / 32) & ~int64_t{3};
+  }
+
+  __device__ __forceinline__ void FindActivations() {
 #pragma unroll
     for (int i = 0; i < S::kActivationCopies; ++i) {
-      int slot = tile.first_slot + min(i * 2 + lane / 16, slots - 1);
-      x_offset[i] = g.slot_rows ? g.slot_rows[slot] : slot;
+      int slot = tile.first_slot + min(i * 2 + lane / 16, tile.num_slots - 1);
+      int row = g.slot_rows ? g.slot_rows[slot] : slot;
+      x[i] = static_cast<const uint8_t*>(g.x) + (int64_t{row} * g.k + lane % 16 * 8) * 2;
     }
   }
 
   __device__ __forceinline__ uint32_t ElementsAt(int stage) const {
-    return ring + stage * S::kStageBytes;
+    return elements + stage * S::kElementBytes;
   }
   __device__ __forceinline__ uint32_t ActivationsAt(int stage) const {
-    return ElementsAt(stage) + S::kElementBytes;
+    return others + stage * (S::kOtherBytes - S::kBarrierBytes);
   }
   __device__ __forceinline__ uint32_t ScalesAt(int stage) const {
     return ActivationsAt(stage) + S::kActivationBytes;
   }
-  static __device__ __forceinline__ int ElementSwizzle(int row) {
-    return (row % 2 * 4) | (row / 2 % 4);
-  }
 
   __device__ __forceinline__ void CopyWeights(int stage, int unit) {
-    int chunk = lane % 8, row = lane / 8;
-    uint32_t bytes = unit * kUnit + chunk * 16 < g.k ? 16 : 0;
-    const uint8_t* from = elements + unit * kUnit;
-#pragma unroll
-    for (int i = 0; i < S::kElementCopies; ++i) {
-      uint32_t to = (i * 4 + row) * 128 + (chunk ^ ElementSwizzle(i * 4 + row)) * 16;
-      CopyElements(ElementsAt(stage) + to, from + element_offset[i], bytes, policy);
+    if (lane < S::kWeightTiles) {
+      uint32_t barrier = barriers + stage * 8;
+      if (lane == 0) ptx::BarrierArriveExpect(barrier, S::kElementBytes);
+      ptx::LoadTile3(ElementsAt(stage) + lane * S::kTileBytes, map, barrier,
+                     unit * kUnit, map_row, tile.expert, policy);
     }
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
       if (i * 32 + lane >= S::kWarpRows) break;
       uint32_t to = ScalesAt(stage) + (i * 32 + lane) * 8;
+      const uint8_t* from = scales[i] + unit * 4;
       if (g.k % kUnit == 0) {
-        ptx::CopyAsync4(to, scales + scale_offset[i] + unit * 4);
+        ptx::CopyAsync4(to, from);
       } else {
-        CopyScaleWords(to, scale_offset[i] + unit * 4);
+        CopyScaleWords(to, from);
       }
     }
   }
 
   // Two words, and zeros for what is past the last scale.
-  __device__ __forceinline__ void CopyScaleWords(uint32_t to, int64_t from) {
+  __device__ __forceinline__ void CopyScaleWords(uint32_t to, const uint8_t* from) {
+    const uint8_t* end = g.scales + int64_t{g.num_experts} * g.n * (g.k / 32);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int64_t bytes = min(max(scale_end - from - i * 4, int64_t{0}), int64_t{4});
-      CopyScales(to + i * 4, scales + (bytes ? from + i * 4 : 0), bytes);
+    for (int i = 0; i < 8; i += 4) {
+      int64_t bytes = min(max(end - from - i, int64_t{0}), int64_t{4});
+      CopyScales(to + i, bytes ? from + i : g.scales, bytes);
     }
   }
 
+  // The chunks of 16 bytes of a row are exchanged such that copies, which write whole
+  // rows, and products, which read some chunks of several rows, both use all banks.
   __device__ __forceinline__ void CopyActivations(int stage, int unit) {
     int chunk = lane % 16, row = lane / 16;
     uint32_t bytes = unit * kUnit + chunk * 8 < g.k ? 16 : 0;
-    const uint8_t* from = x + unit * kUnit * 2;
+    uint32_t to =
+        ActivationsAt(stage) + row * 256 + (chunk ^ (chunk / 8 * 2) ^ row) * 16;
 #pragma unroll
     for (int i = 0; i < S::kActivationCopies; ++i) {
-      if (i * 2 + row >= slots) break;
-      uint32_t to = (i * 2 + row) * 256 + (chunk ^ row) * 16;
-      ptx::CopyAsync16(ActivationsAt(stage) + to,
-                       from + int64_t{x_offset[i]} * (g.k * 2), bytes);
+      if (i * 2 + row >= tile.num_slots) break;
+      ptx::CopyAsync16(to + i * 512, x[i] + unit * kUnit * 2, bytes);
     }
-  }
-
-  // The lane's two scale codes of a row: of half 0 in byte 0, of half 1 in byte 2.
-  __device__ __forceinline__ uint32_t LoadScales(int stage, int row, uint32_t mask) {
-    uint2 words = LoadShared64(ScalesAt(stage) + row * 8);
-    return __funnelshift_rc(words.x, words.y, scale_shift[row / 16]) & mask;
   }
 
   __device__ __forceinline__ void Multiply(int stage, int unit) {
-    int blocks = g.k / 32 - unit * 4;
-    uint32_t mask = (c / 2 < blocks ? 0xff : 0) | (c / 2 + 2 < blocks ? 0xff0000 : 0);
     uint32_t codes[2 * S::kWeightTiles];
-    bool any_large = false;
+    uint32_t largest = 0;
+    bool is_there = unit * 4 + c < g.k / 32;
 #pragma unroll
     for (int i = 0; i < 2 * S::kWeightTiles; ++i) {
-      codes[i] = LoadScales(stage, i * 8 + r, mask);
-      any_large |= AnyLargeScale(codes[i]);
+      uint32_t code = ptx::LoadShared8(ScalesAt(stage) + code_at[i / 2 % 2] + i * 64);
+      codes[i] = is_there ? code : 0;
+      largest = max(largest, codes[i]);
     }
-    if (__any_sync(~0u, any_large)) {
+    if (__any_sync(~0u, largest > kMaxFastScale)) {
       Multiply<true>(stage, codes);
     } else {
       Multiply<false>(stage, codes);
@@ -264,87 +227,94 @@ struct Warp {
   template <bool kAnyScale>
   __device__ __forceinline__ void Multiply(
       int stage, const uint32_t (&codes)[2 * S::kWeightTiles]) {
-    // Rows r and r + 8 are exchanged alike. Half 1 is four chunks further.
-    uint32_t elements_at = ElementsAt(stage) + r * 128 + (c ^ ElementSwizzle(r)) * 16;
-    uint32_t x_at = ActivationsAt(stage);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t b[S::kSlotTiles][8];
+      uint4 b[S::kSlotTiles][2];
 #pragma unroll
       for (int j = 0; j < S::kSlotTiles; ++j) {
-        if (j == 0 || j * 8 < slots) LoadActivations(x_at, j, half, b[j]);
+        if (j == 0 || j * 8 < tile.num_slots) LoadActivations(stage, j, half, b[j]);
       }
+      uint32_t at = ElementsAt(stage) + r * kUnit + ((c * 2 + half) ^ r) * 16;
 #pragma unroll
       for (int i = 0; i < S::kWeightTiles; ++i) {
-        uint32_t at = (elements_at ^ (half * 64)) + i * 16 * 128;
-        uint4 low = LoadShared128(at);
-        uint4 high = LoadShared128(at + 8 * 128);
-        Factors<kAnyScale> low_factors(codes[2 * i] >> (16 * half) & 0xff);
-        Factors<kAnyScale> high_factors(codes[2 * i + 1] >> (16 * half) & 0xff);
+        uint4 low = ptx::LoadShared128(at + i * S::kTileBytes);
+        uint4 high = ptx::LoadShared128(at + i * S::kTileBytes + 8 * kUnit);
+        Factors<kAnyScale> low_factors(codes[2 * i]), high_factors(codes[2 * i + 1]);
         const uint32_t lows[4] = {low.x, low.y, low.z, low.w};
         const uint32_t highs[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          uint32_t a[4];
-          Widen(lows[step], low_factors, &a[0], &a[2]);
-          Widen(highs[step], high_factors, &a[1], &a[3]);
+          uint32_t a[4] = {low_factors.Apply(SpreadPair<0>(lows[step])),
+                           high_factors.Apply(SpreadPair<0>(highs[step])),
+                           low_factors.Apply(SpreadPair<1>(lows[step])),
+                           high_factors.Apply(SpreadPair<1>(highs[step]))};
 #pragma unroll
           for (int j = 0; j < S::kSlotTiles; ++j) {
-            if (j == 0 || j * 8 < slots) Mma(sums[i][j], a, &b[j][step * 2]);
+            const uint4& v = b[j][step / 2];
+            if (j == 0 || j * 8 < tile.num_slots) {
+              Mma(sums[i][j], a, step % 2 ? v.z : v.x, step % 2 ? v.w : v.y);
+            }
           }
         }
       }
     }
   }
 
-  // The B fragments of four mma, in the order in which Widen leaves the elements.
   // Slots that are not there get whatever is in memory, which no other slot sees.
-  __device__ __forceinline__ void LoadActivations(uint32_t from, int j, int half,
-                                                  uint32_t (&b)[8]) {
-    int row = S::kSlotsPerTile < 8 ? min(r, S::kSlotsPerTile - 1) : r;
+  __device__ __forceinline__ void LoadActivations(int stage, int j, int half,
+                                                  uint4 (&b)[2]) {
+    int row = S::kSlots < 8 ? min(r, S::kSlots - 1) : r;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int chunk = (half * 8 + c * 2 + i) ^ (row % 2);
-      uint4 v = LoadShared128(from + (j * 8 + row) * 256 + chunk * 16);
-      b[i * 4] = __byte_perm(v.x, v.y, 0x5410);
-      b[i * 4 + 1] = __byte_perm(v.x, v.y, 0x7632);
-      b[i * 4 + 2] = __byte_perm(v.z, v.w, 0x5410);
-      b[i * 4 + 3] = __byte_perm(v.z, v.w, 0x7632);
+      int chunk = c * 4 + half * 2 + i;
+      b[i] = ptx::LoadShared128(ActivationsAt(stage) + (j * 8 + row) * 256 +
+                           (chunk ^ (c / 2 * 2) ^ row % 2) * 16);
     }
   }
 
-  __device__ __forceinline__ void Run(const Tile& tile) {
+  __device__ __forceinline__ void Run() {
     int first = threadIdx.x / 32 % S::kWarpsK;
-    int count = (units - first + S::kWarpsK - 1) / S::kWarpsK;
-    auto unit_of = [&](int i) { return first + i * S::kWarpsK; };
     // The weights first: they do not wait for the rows of x to be known.
 #pragma unroll
     for (int i = 0; i < S::kStages; ++i) {
-      if (i < count) CopyWeights(i, unit_of(i));
+      int unit = first + i * S::kWarpsK;
+      if (unit < units) CopyWeights(i, unit);
     }
-    FindActivations(tile);
+#ifdef JMX8_PDL
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    FindActivations();
 #pragma unroll
     for (int i = 0; i < S::kStages; ++i) {
-      if (i < count) CopyActivations(i, unit_of(i));
-      CommitCopies();
+      int unit = first + i * S::kWarpsK;
+      if (unit < units) CopyActivations(i, unit);
+      ptx::CopyAsyncCommit();
     }
     int stage = 0;
+    uint32_t turn = 0;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      WaitForCopies<S::kStages - 1>();
+    for (int unit = first; unit < units; unit += S::kWarpsK) {
+      ptx::CopyAsyncWait<S::kStages - 1>();
+      ptx::BarrierWait(barriers + stage * 8, turn);
       __syncwarp();
-      Multiply(stage, unit_of(i));
+      Multiply(stage, unit);
       __syncwarp();
-      if (i + S::kStages < count) {
-        CopyWeights(stage, unit_of(i + S::kStages));
-        CopyActivations(stage, unit_of(i + S::kStages));
+      int next = unit + S::kStages * S::kWarpsK;
+      if (next < units) {
+        CopyWeights(stage, next);
+        CopyActivations(stage, next);
       }
-      CommitCopies();
-      stage = stage + 1 == S::kStages ? 0 : stage + 1;
+      ptx::CopyAsyncCommit();
+      if (++stage == S::kStages) {
+        stage = 0;
+        turn ^= 1;
+      }
     }
+    __syncwarp();
   }
 
-  // Leaves the sums in the warp's own ring, as [weight tile, slot, row].
+  // Leaves the sums where its elements were, as [weight tile, slot, row].
   __device__ __forceinline__ void StoreSums() const {
 #pragma unroll
     for (int i = 0; i < S::kWeightTiles; ++i) {
@@ -353,7 +323,7 @@ struct Warp {
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
           int slot = (i * S::kSlotTiles + j) * 8 + 2 * c + v % 2;
-          uint32_t to = ring + (slot * S::kSumPitch + r + v / 2 * 8) * 4;
+          uint32_t to = elements + (slot * S::kSumPitch + r + v / 2 * 8) * 4;
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(sums[i][j][v])
                        : "memory");
         }
@@ -375,8 +345,9 @@ __device__ __forceinline__ float AddUp(const uint8_t* shared, int group, int til
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < S::kWarpsK; ++i) {
-    const uint8_t* ring = shared + (group * S::kWarpsK + i) * S::kWarpBytes;
-    sum += reinterpret_cast<const float*>(ring)[at];
+    int warp = group * S::kWarpsK + i;
+    const uint8_t* sums = shared + warp * S::kStages * S::kElementBytes;
+    sum += reinterpret_cast<const float*>(sums)[at];
   }
   return sum;
 }
@@ -415,8 +386,9 @@ __device__ __forceinline__ void StoreBlock(const Gemm& g, const Block<S>& block,
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    Kernel(const __grid_constant__ Gemm g, int row_blocks) {
-  extern __shared__ __align__(128) uint8_t shared[];
+    GemmMma(const __grid_constant__ Gemm g, const __grid_constant__ CUtensorMap map,
+           int row_blocks) {
+  extern __shared__ __align__(1024) uint8_t shared[];
   Block<S> block;
   int tile = blockIdx.x / row_blocks;
   if (g.tiles) {
@@ -429,9 +401,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   block.gated = IsGated(g.activation);
   block.num_rows = block.gated ? g.n / 2 : g.n;
   block.first_row = blockIdx.x % row_blocks * (block.gated ? S::kRows / 2 : S::kRows);
-  Warp<S> warp(g, block, ptx::SharedAddress(shared));
-  warp.Run(block.tile);
-  __syncwarp();
+  Warp<S> warp(g, &map, block, ptx::SharedAddress(shared));
+  warp.Run();
   warp.StoreSums();
   __syncthreads();
   StoreBlock(g, block, shared);

@@ -1,62 +1,18 @@
 // Which shapes of GemmWgmma there are, and how they are launched.
 //
 // Registers: GemmWgmma <= 168
-#include "gemm_wgmma.cuh"
-
 #include <algorithm>
 #include <limits>
+
+#include "gemm_wgmma.cuh"
+#include "launch.cuh"
+#include "tensor_map.h"
 
 namespace jmx8 {
 namespace {
 
 using wgmma::Arguments;
 using wgmma::Shape;
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode FindEncode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                       cudaEnableDefault, &found) != cudaSuccess) {
-    return nullptr;
-  }
-  return reinterpret_cast<Encode>(function);
-}
-
-const char* EncodeMaps(const Gemm& g, int box_n, int k, int box_rows, bool gathers,
-                       CUtensorMap* w_map, CUtensorMap* x_map) {
-  static const Encode encode = FindEncode();
-  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
-  const cuuint32_t ones[3] = {1, 1, 1};
-  {
-    const cuuint64_t size[3] = {cuuint64_t(g.k), cuuint64_t(g.n),
-                                cuuint64_t(g.num_experts)};
-    const cuuint64_t pitch[2] = {cuuint64_t(g.k), cuuint64_t(g.k) * g.n};
-    const cuuint32_t box[3] = {cuuint32_t(k), cuuint32_t(box_n), 1};
-    const auto swizzle = k == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-    if (encode(w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<uint8_t*>(g.w), size,
-               pitch, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-      return "the weights cannot be described to the copy engine";
-    }
-  }
-  if (gathers) {
-    *x_map = *w_map;  // not used
-    return nullptr;
-  }
-  const cuuint64_t size[2] = {cuuint64_t(g.k), cuuint64_t(g.num_x_rows)};
-  const cuuint64_t pitch[1] = {cuuint64_t(g.k) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
-  if (encode(x_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(g.x), size,
-             pitch, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-    return "the activations cannot be described to the copy engine";
-  }
-  return nullptr;
-}
 
 int NumMultiprocessors() {
   int device = 0, count = 0;
@@ -67,12 +23,16 @@ int NumMultiprocessors() {
 
 template <class S>
 const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
-  CUtensorMap w_map, x_map;
-  if (const char* error =
-          EncodeMaps(g, S::kBoxN, S::kK, S::kRows, S::kGathers, &w_map, &x_map)) {
-    return error;
+  CUtensorMap w_map, x_map = {};
+  if (const char* error = EncodeElements(g, S::kBoxN, S::kK, &w_map)) return error;
+  if (!S::kGathers) {
+    if (const char* error = EncodeRows(g, S::kRows, &x_map)) return error;
+  }
+  if (S::kGathers && int64_t{g.num_x_rows} * (g.k / 8) > UINT32_MAX) {
+    return "x has too many elements to gather from";
   }
   Arguments a{g, 0, 0, split_k, 1};
+  a.scales_are_words = g.k % 128 == 0 && IsAligned(g.scales, 4);
   const int columns = IsGated(g.activation) ? g.n / 2 : g.n;
   const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;
   a.num_n_tiles = (columns + tile_n - 1) / tile_n;

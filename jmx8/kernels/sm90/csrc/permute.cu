@@ -5,63 +5,103 @@
 //
 // Registers: PermuteKernel <= 64
 
-#include <cooperative_groups.h>
-
 #include <climits>
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 
 namespace jmx8 {
 namespace {
 
-namespace cg = cooperative_groups;
-
 constexpr int kMaxBlocks = 8;  // the largest cluster that every Hopper GPU has
 constexpr int kMaxExperts = 1024;
-constexpr int kUnroll = 4;  // rows of a thread in flight
 constexpr unsigned kAllLanes = ~0u;
 
-struct PermutePlan {
-  int warps;
-  int blocks;
+// n / divisor for n < 2**31, as a product.
+struct Divisor {
+  unsigned factor;
+  int shift;
+
+  explicit Divisor(unsigned divisor) : shift(31) {
+    while ((1ull << (shift - 31)) < divisor) ++shift;
+    factor = ((1ull << shift) + divisor - 1) / divisor;
+  }
+  __device__ __forceinline__ unsigned Divide(unsigned n) const {
+    return static_cast<uint64_t>(n) * factor >> shift;
+  }
+};
+
+struct Plan {
+  int warps;   // of a block: enough for a thread per expert
+  int blocks;  // of the cluster
+  int rows_per_thread;
+  Divisor tile_rows, row_divisor;
 };
 
 // In dynamic shared memory, each [num_experts].
 struct Shared {
-  int* counts;      // of the rows of this block; other blocks read it
-  int* first_slot;  // of each expert
+  int* first_slot;
   int* num_slots;
-  int* tile_end;    // the number of tiles of the experts up to this one
-  int* next_slot;   // [num_warps, num_experts]: a warp's counts, then its next slots
+  int* tile_end;      // the number of tiles of the experts up to this one
+  int* next_slot;     // [warps, num_experts]: a warp's counts, then its next slots
+  int* block_counts;  // [blocks, num_experts], if there are several
 
-  __device__ Shared(int* memory, int num_experts)
-      : counts(memory),
-        first_slot(counts + num_experts),
+  __device__ Shared(int* memory, int warps, int num_experts)
+      : first_slot(memory),
         num_slots(first_slot + num_experts),
         tile_end(num_slots + num_experts),
-        next_slot(tile_end + num_experts) {}
+        next_slot(tile_end + num_experts),
+        block_counts(next_slot + warps * num_experts) {}
 };
 
-size_t SharedBytes(const PermutePlan& plan, int num_experts) {
-  return static_cast<size_t>(plan.warps + 4) * num_experts * sizeof(int);
+size_t SharedBytes(const Plan& plan, int num_experts) {
+  return static_cast<size_t>(3 + plan.warps + plan.blocks) * num_experts * sizeof(int);
 }
 
-// Counts rows [first, end) per expert.
-__device__ __forceinline__ void CountRows(const Permute& p, unsigned first, unsigned end,
-                                          int* counts) {
-#pragma unroll kUnroll
-  for (unsigned row = first + threadIdx.x % 32; row < end; row += 32) {
-    const unsigned id = p.ids[row];
-    if (id < p.num_experts) atomicAdd(&counts[id], 1);
+// Writes to another block of the cluster and counts the bytes on its barrier.
+__device__ __forceinline__ void StoreRemote(uint32_t address, int value,
+                                            uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::
+          "r"(address),
+      "r"(value), "r"(barrier)
+      : "memory");
+}
+
+// The rows of a warp, in steps of 32. A row without an expert has id num_experts.
+struct Rows {
+  const int* ids;
+  unsigned first, end;  // of this lane's; of the warp's
+  unsigned num_experts;
+
+  __device__ __forceinline__ unsigned Id(int step) const {
+    const unsigned row = first + 32 * step;
+    if (row >= end) return num_experts;
+    return min(static_cast<unsigned>(ids[row]), num_experts);
+  }
+};
+
+__device__ __forceinline__ void CountRows(const Rows& rows, int steps, int* counts) {
+  constexpr int kInFlight = 4;
+#pragma unroll 1
+  for (int step = 0; step < steps; step += kInFlight) {
+    unsigned id[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) id[i] = rows.Id(step + i);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (id[i] < rows.num_experts) atomicAdd(&counts[id[i]], 1);
+    }
   }
 }
 
-// The lanes whose id has the same lowest bits. (match.any takes a step per distinct id.)
-__device__ __forceinline__ unsigned Peers(unsigned id, int num_bits) {
-  unsigned peers = kAllLanes;
-#pragma unroll 4
-  for (int bit = 0; bit < num_bits; ++bit) {
+// The lanes of the same id. (match.any takes a step per distinct id.)
+template <int kBits>
+__device__ __forceinline__ unsigned Peers(unsigned id, bool is_valid) {
+  unsigned peers = __ballot_sync(kAllLanes, is_valid);
+#pragma unroll
+  for (int bit = 0; bit < kBits; ++bit) {
     const bool is_set = id >> bit & 1;
     const unsigned set = __ballot_sync(kAllLanes, is_set);
     peers &= is_set ? set : ~set;
@@ -69,33 +109,24 @@ __device__ __forceinline__ unsigned Peers(unsigned id, int num_bits) {
   return peers;
 }
 
-// Gives rows [first, end) their slots, counting on from `next` of their experts.
-__device__ __forceinline__ void PlaceRows(const Permute& p, unsigned first, unsigned end,
-                                          int* next) {
-  const unsigned lane = threadIdx.x % 32;
-  const int num_bits = 32 - __clz(p.num_experts);  // num_experts: no expert
-  for (unsigned begin = first; begin < end; begin += 32 * kUnroll) {
-    unsigned id[kUnroll], peers[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const unsigned row = begin + 32 * i + lane;
-      id[i] = p.num_experts;
-      if (row < end) id[i] = min(id[i], static_cast<unsigned>(p.ids[row]));
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) peers[i] = Peers(id[i], num_bits);
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const unsigned row = begin + 32 * i + lane;
-      const int before = __popc(peers[i] & ((1u << lane) - 1));
-      const bool has_slot = id[i] < p.num_experts;
-      const int slot = has_slot ? next[id[i]] + before : -1;
-      __syncwarp();
-      if (has_slot && before == 0) next[id[i]] = slot + __popc(peers[i]);
-      __syncwarp();
-      if (row < end) p.slot_of_row[row] = slot;
-      if (has_slot) p.slot_rows[slot] = row / p.row_divisor;
-    }
+// Gives the rows their slots, counting on from `next` of their experts.
+template <int kBits>
+__device__ __forceinline__ void PlaceRows(const Permute& p, const Plan& plan,
+                                          const Rows& rows, int* next) {
+  const unsigned earlier_lanes = (1u << threadIdx.x % 32) - 1;
+  unsigned next_id = rows.Id(0);
+  for (int step = 0; step < plan.rows_per_thread; ++step) {
+    const unsigned id = next_id, row = rows.first + 32 * step;
+    next_id = rows.Id(step + 1);
+    const bool is_valid = id < rows.num_experts;
+    const unsigned peers = Peers<kBits>(id, is_valid);
+    const int before = __popc(peers & earlier_lanes);
+    const int slot = is_valid ? next[id] + before : -1;
+    __syncwarp();
+    if (is_valid && before == 0) next[id] = slot + __popc(peers);
+    __syncwarp();
+    if (row < rows.end) p.slot_of_row[row] = slot;
+    if (is_valid) p.slot_rows[slot] = plan.row_divisor.Divide(row);
   }
 }
 
@@ -117,45 +148,66 @@ __device__ __forceinline__ uint64_t SumBefore(uint64_t value) {
   return sum - value + (static_cast<uint64_t>(high) << 32 | low);
 }
 
+// Sends an expert's count to all blocks, and waits for theirs. Returns the sum of the
+// blocks before this one, and makes the count that of all.
+__device__ __forceinline__ int SumBlocks(const Permute& p, const Plan& plan,
+                                         int* block_counts, uint32_t barrier,
+                                         int& count) {
+  const int rank = ptx::ClusterRank(), expert = threadIdx.x;
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (expert >= p.num_experts) return 0;
+  const uint32_t own = ptx::SharedAddress(block_counts + rank * p.num_experts + expert);
+#pragma unroll
+  for (int i = 0; i < kMaxBlocks; ++i) {
+    if (i >= plan.blocks) break;
+    StoreRemote(ptx::MapShared(own, i), count, ptx::MapShared(barrier, i));
+  }
+  ptx::BarrierWait(barrier, 0);
+  int before = 0;
+  count = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxBlocks; ++i) {
+    if (i >= plan.blocks) break;
+    if (i == rank) before = count;
+    count += block_counts[i * p.num_experts + expert];
+  }
+  return before;
+}
+
 // Turns the warps' counts of this thread's expert into their first slots.
 template <int kWarps>
-__device__ __forceinline__ void PlaceExpert(const Permute& p, const Shared& shared,
-                                            const cg::cluster_group& cluster) {
+__device__ __forceinline__ void PlaceExpert(const Permute& p, const Plan& plan,
+                                            const Shared& shared, uint32_t barrier) {
   const int expert = threadIdx.x;
   const bool exists = expert < p.num_experts;
-  int counts[kWarps], total = 0, before = 0;
+  int* counts = shared.next_slot + expert;
+  int total = 0, before = 0;
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    counts[i] = exists ? shared.next_slot[i * p.num_experts + expert] : 0;
-    total += counts[i];
-  }
-  if (cluster.num_blocks() > 1) {
-    if (exists) shared.counts[expert] = total;
-    cluster.sync();
-    total = 0;
-#pragma unroll
-    for (unsigned i = 0; i < kMaxBlocks; ++i) {
-      if (!exists || i >= cluster.num_blocks()) continue;
-      const int count = cluster.map_shared_rank(shared.counts, i)[expert];
-      if (i < cluster.block_rank()) before += count;
-      total += count;
-    }
-  }
-  const unsigned tiles = CeilDiv(total, p.tile_rows);
+  for (int i = 0; i < kWarps; ++i) total += exists ? counts[i * p.num_experts] : 0;
+  if (plan.blocks > 1) before = SumBlocks(p, plan, shared.block_counts, barrier, total);
+  const unsigned tiles = total == 0 ? 0 : plan.tile_rows.Divide(total - 1) + 1;
   const uint64_t sums = SumBefore(static_cast<uint64_t>(tiles) << 32 | total);
   if (!exists) return;
   int next = static_cast<int>(sums) + before;
   shared.first_slot[expert] = static_cast<int>(sums);
   shared.num_slots[expert] = total;
   shared.tile_end[expert] = static_cast<int>(sums >> 32) + tiles;
+  constexpr int kBatch = 8;  // read before the first is overwritten
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    shared.next_slot[i * p.num_experts + expert] = next;
-    next += counts[i];
+  for (int first = 0; first < kWarps; first += kBatch) {
+    int count[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) count[i] = counts[(first + i) * p.num_experts];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      counts[(first + i) * p.num_experts] = next;
+      next += count[i];
+    }
   }
 }
 
-__device__ __forceinline__ Tile MakeTile(const Permute& p, const Shared& shared,
+// As a Tile.
+__device__ __forceinline__ int4 MakeTile(const Permute& p, const Shared& shared,
                                          int index) {
   int low = 0, high = p.num_experts - 1;  // the first expert whose tiles end after index
   while (low < high) {
@@ -166,55 +218,73 @@ __device__ __forceinline__ Tile MakeTile(const Permute& p, const Shared& shared,
       low = middle + 1;
     }
   }
-  const int num_slots = shared.num_slots[low];
-  const int tiles = CeilDiv(num_slots, p.tile_rows);
-  const int nth = index - (shared.tile_end[low] - tiles);
-  const int size = num_slots / tiles, larger = num_slots % tiles;
+  const int first_tile = low == 0 ? 0 : shared.tile_end[low - 1];
+  const unsigned tiles = shared.tile_end[low] - first_tile;
+  const unsigned num_slots = shared.num_slots[low];
+  const int nth = index - first_tile, size = num_slots / tiles;
+  const int larger = num_slots - size * tiles;
   return {low, shared.first_slot[low] + nth * size + min(nth, larger),
           size + (nth < larger), 0};
 }
 
-template <int kWarps>
-__global__ void __launch_bounds__(32 * kWarps) PermuteKernel(const Permute p) {
+// There are at most 32 * kWarps = 2**kBits experts.
+template <int kWarps, int kBits>
+__global__ void __launch_bounds__(32 * kWarps)
+    PermuteKernel(const Permute p, const Plan plan) {
+  static_assert(1 << kBits == 32 * kWarps);
   extern __shared__ int memory[];
-  const cg::cluster_group cluster = cg::this_cluster();
-  const Shared shared(memory, p.num_experts);
+  __shared__ uint64_t barrier_memory;
+  const Shared shared(memory, kWarps, p.num_experts);
+  const uint32_t barrier = ptx::SharedAddress(&barrier_memory);
+  if (plan.blocks > 1) {
+    if (threadIdx.x == 0) {
+      ptx::BarrierInit(barrier, 1);
+      ptx::FenceBarrierInit();
+      ptx::BarrierArriveExpect(barrier, plan.blocks * p.num_experts * sizeof(int));
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+  const unsigned rank = plan.blocks > 1 ? ptx::ClusterRank() : 0;
+  const unsigned thread = rank * (32 * kWarps) + threadIdx.x, lane = threadIdx.x % 32;
+  const unsigned first = thread / 32 * 32 * plan.rows_per_thread;
   const unsigned num_rows = p.num_tokens * p.top_k;
-  const unsigned num_threads = cluster.num_blocks() * (32 * kWarps);
-  const unsigned thread = cluster.block_rank() * (32 * kWarps) + threadIdx.x;
-  const unsigned rows_per_warp = 32 * CeilDiv(num_rows, num_threads);
-  const unsigned first = thread / 32 * rows_per_warp;
-  const unsigned end = min(first + rows_per_warp, num_rows);
+  const unsigned end = min(first + 32 * plan.rows_per_thread, num_rows);
+  const Rows rows{p.ids, first + lane, end, static_cast<unsigned>(p.num_experts)};
   int* next = shared.next_slot + threadIdx.x / 32 * p.num_experts;
 
-  for (int i = threadIdx.x % 32; i < p.num_experts; i += 32) next[i] = 0;
+  for (int i = lane; i < p.num_experts; i += 32) next[i] = 0;
   __syncwarp();
-  CountRows(p, first, end, next);
+  CountRows(rows, plan.rows_per_thread, next);
   __syncthreads();
-  PlaceExpert<kWarps>(p, shared, cluster);
+  PlaceExpert<kWarps>(p, plan, shared, barrier);
   __syncthreads();
-  PlaceRows(p, first, end, next);
+  PlaceRows<kBits>(p, plan, rows, next);
+
   const int num_tiles = shared.tile_end[p.num_experts - 1];
-  for (unsigned i = thread; i < num_tiles; i += num_threads) {
-    p.tiles[i] = MakeTile(p, shared, i);
+  const int num_threads = plan.blocks * (32 * kWarps);
+  // From the last thread on: with few rows it has none.
+#pragma unroll 1
+  for (int i = num_threads - 1 - thread; i < num_tiles; i += num_threads) {
+    reinterpret_cast<int4*>(p.tiles)[i] = MakeTile(p, shared, i);
   }
-  if (thread == 0) *p.num_tiles = num_tiles;
-  if (cluster.num_blocks() > 1) cluster.sync();  // others may still read the counts
+  if (thread == num_threads - 1) *p.num_tiles = num_tiles;
 }
 
-PermutePlan MakePlan(int num_rows, int num_experts) {
-  PermutePlan plan{8, 1};
-  while (plan.warps * 32 < num_experts) plan.warps *= 2;
-  while (plan.blocks < kMaxBlocks && plan.blocks * plan.warps * 32 * 2 < num_rows) {
-    plan.blocks *= 2;
-  }
-  return plan;
+// At most two rows per thread, as far as the cluster can grow.
+Plan MakePlan(const Permute& p) {
+  const unsigned num_rows = p.num_tokens * p.top_k;
+  int warps = 8, blocks = 1;
+  while (warps * 32 < p.num_experts || (warps < 16 && num_rows > 8 * 512)) warps *= 2;
+  while (blocks < kMaxBlocks && blocks * warps * 32 * 2u < num_rows) blocks *= 2;
+  const int rows_per_thread = CeilDiv<unsigned>(num_rows, blocks * warps * 32);
+  return {warps, blocks, rows_per_thread, Divisor(p.tile_rows), Divisor(p.row_divisor)};
 }
 
-template <int kWarps>
-const char* LaunchPlan(const Permute& p, const PermutePlan& plan, cudaStream_t stream) {
+template <int kWarps, int kBits>
+const char* LaunchPlan(const Permute& p, const Plan& plan, cudaStream_t stream) {
   const size_t bytes = SharedBytes(plan, p.num_experts);
-  const auto kernel = PermuteKernel<kWarps>;
+  const auto kernel = PermuteKernel<kWarps, kBits>;
   cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -228,14 +298,14 @@ const char* LaunchPlan(const Permute& p, const PermutePlan& plan, cudaStream_t s
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = plan.blocks > 1;
-  error = cudaLaunchKernelEx(&config, kernel, p);
+  error = cudaLaunchKernelEx(&config, kernel, p, plan);
   return error == cudaSuccess ? LaunchError() : cudaGetErrorString(error);
 }
 
-const char* LaunchPlan(const Permute& p, const PermutePlan& plan, cudaStream_t stream) {
-  if (plan.warps == 8) return LaunchPlan<8>(p, plan, stream);
-  if (plan.warps == 16) return LaunchPlan<16>(p, plan, stream);
-  return LaunchPlan<32>(p, plan, stream);
+const char* LaunchPlan(const Permute& p, const Plan& plan, cudaStream_t stream) {
+  if (plan.warps == 8) return LaunchPlan<8, 8>(p, plan, stream);
+  if (plan.warps == 16) return LaunchPlan<16, 9>(p, plan, stream);
+  return LaunchPlan<32, 10>(p, plan, stream);
 }
 
 }  // namespace
@@ -252,7 +322,8 @@ const char* LaunchPermute(const Permute& p, cudaStream_t stream) {
   if (p.tile_rows < 1 || p.row_divisor < 1) {
     return "permute: tile_rows and row_divisor must be positive.";
   }
-  return LaunchPlan(p, MakePlan(num_rows, p.num_experts), stream);
+  if (!IsAligned(p.tiles, 16)) return "permute: tiles must be aligned to 16 bytes.";
+  return LaunchPlan(p, MakePlan(p), stream);
 }
 
 }  // namespace jmx8

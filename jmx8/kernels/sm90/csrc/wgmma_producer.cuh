@@ -17,9 +17,9 @@ struct ScaleLoader {
   int pitch;
   bool aligned;  // to words
 
-  __device__ __forceinline__ ScaleLoader(const Gemm& g, const Place& p, uint32_t scales,
-                                         int lane)
-      : to(scales + 4 * lane), pitch(g.k / 32), aligned(g.k % 128 == 0) {
+  __device__ __forceinline__ ScaleLoader(const Gemm& g, const Place& p, bool aligned,
+                                         uint32_t scales, int lane)
+      : to(scales + 4 * lane), pitch(g.k / 32), aligned(aligned) {
     const int distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
@@ -79,7 +79,7 @@ struct Producer {
     const bool once = g.num_slots <= S::kRows * int64_t{g.num_experts};
     const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
     constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
-    const ScaleLoader<S> scales(g, p, s.scales, lane);
+    const ScaleLoader<S> scales(g, p, a.scales_are_words, s.scales, lane);
     if constexpr (S::kGathers) FindRows(g, p, s, lane);
     for (int i = 0; i < p.num_words * S::kPerWord; ++i) {
       const int stage = ring.stage, k0 = p.first_word * 128 + i * S::kK;

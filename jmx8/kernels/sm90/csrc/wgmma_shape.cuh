@@ -50,6 +50,7 @@ struct Shape {
 struct Arguments {
   Gemm gemm;
   int num_row_tiles, num_n_tiles, split_k, group_rows;
+  bool scales_are_words;  // of four, aligned
 };
 
 // One tile of the result, or a part of k of it.

@@ -15,11 +15,6 @@ namespace jmx8 {
 
 constexpr uint32_t kMaxFastScale = 134;
 
-// Two bf16 in a word, the first in its low half.
-__host__ __device__ __forceinline__ uint32_t ShiftToBf16(uint32_t bytes_1_and_3) {
-  return (bytes_1_and_3 & 0x80008000u) | ((bytes_1_and_3 & 0x7f007f00u) >> 4);
-}
-
 // 2^(code - 7), twice; of codes up to kMaxFastScale.
 __host__ __device__ __forceinline__ uint32_t FastFactor(uint32_t code) {
   return code * 0x00800080u + 0x3c003c00u;
@@ -61,12 +56,15 @@ struct Factors {
   }
 };
 
-// Widens four elements of one block: `even` gets bytes 0 and 2, `odd` bytes 1 and 3.
-template <bool kAnyScale>
-__device__ __forceinline__ void Widen(uint32_t bytes, const Factors<kAnyScale>& factors,
-                                      uint32_t* even, uint32_t* odd) {
-  *even = factors.Apply(ShiftToBf16(bytes << 8));
-  *odd = factors.Apply(ShiftToBf16(bytes));
+// Elements 2 kPair and 2 kPair + 1 of four, times 2^-120: bytes are extended by their
+// signs, then shifted to where bf16 has exponent and mantissa.
+template <int kPair>
+__device__ __forceinline__ uint32_t SpreadPair(uint32_t bytes) {
+  uint32_t extended;
+  asm("prmt.b32 %0, %1, 0, %2;"
+      : "=r"(extended)
+      : "r"(bytes), "n"(kPair == 0 ? 0x9180 : 0xb3a2));
+  return (extended << 4) & 0x87f087f0u;
 }
 
 #endif
