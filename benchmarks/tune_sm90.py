@@ -41,7 +41,7 @@ ALLOWED_ERROR = 3e-3
 
 
 def make_weight(*shape) -> calls.Weight:
-    values = torch.randn(shape, device="cuda") * 100
+    values = (torch.randn(shape, device="cuda") * 100).clamp_(-448, 448)
     elements = values.to(torch.float8_e4m3fn).view(torch.uint8)
     scales = (*shape[:-1], shape[-1] // 32)
     codes = torch.randint(113, 116, scales, dtype=torch.uint8, device="cuda")
