@@ -15,7 +15,8 @@ constexpr int kThreads = 128;
 constexpr int kBatch = 8;
 constexpr int kColumns = 8;  // 16 bytes of bf16
 
-__device__ __forceinline__ void AddRow(float (&sum)[kColumns], float weight, uint4 row) {
+__device__ __forceinline__ void AddRow(float (&sum)[kColumns], float weight,
+                                       uint4 row) {
   const uint32_t words[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -1,7 +1,7 @@
-// A stable counting sort of the routed rows by expert, in one launch of one thread block
-// or of one cluster. Each warp owns a run of rows and counts them per expert in shared
-// memory; a scan over experts, blocks and warps turns the counts into first slots; then
-// each warp walks its rows once more, counting on from there.
+// A stable counting sort of the routed rows by expert, in one launch of one thread
+// block or of one cluster. Each warp owns a run of rows and counts them per expert in
+// shared memory; a scan over experts, blocks and warps turns the counts into first
+// slots; then each warp walks its rows once more, counting on from there.
 //
 // Registers: PermuteKernel <= 64
 
@@ -63,8 +63,8 @@ size_t SharedBytes(const Plan& plan, int num_experts) {
 __device__ __forceinline__ void StoreRemote(uint32_t address, int value,
                                             uint32_t barrier) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::
-          "r"(address),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 "
+      "[%0], %1, [%2];" ::"r"(address),
       "r"(value), "r"(barrier)
       : "memory");
 }
@@ -143,8 +143,9 @@ __device__ __forceinline__ uint64_t SumBefore(uint64_t value) {
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
   const uint64_t other = lane < warp ? warp_sums[lane] : 0;
-  const unsigned low = __reduce_add_sync(kAllLanes, static_cast<unsigned>(other));
-  const unsigned high = __reduce_add_sync(kAllLanes, static_cast<unsigned>(other >> 32));
+  const unsigned low_word = other, high_word = other >> 32;
+  const unsigned low = __reduce_add_sync(kAllLanes, low_word);
+  const unsigned high = __reduce_add_sync(kAllLanes, high_word);
   return sum - value + (static_cast<uint64_t>(high) << 32 | low);
 }
 
@@ -209,7 +210,8 @@ __device__ __forceinline__ void PlaceExpert(const Permute& p, const Plan& plan,
 // As a Tile.
 __device__ __forceinline__ int4 MakeTile(const Permute& p, const Shared& shared,
                                          int index) {
-  int low = 0, high = p.num_experts - 1;  // the first expert whose tiles end after index
+  // Finds the first expert whose tiles end after index.
+  int low = 0, high = p.num_experts - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
     if (shared.tile_end[middle] > index) {

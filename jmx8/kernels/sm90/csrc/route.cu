@@ -1,6 +1,6 @@
-// Which experts a token goes to: one warp per token, expert e in lane e % 32. Scores are
-// compared as integers in XLA's total order (-NaN < -inf < -0 < 0 < inf < NaN), and with
-// the same operations in float32 as xla_routing.py, so that ties fall alike.
+// Which experts a token goes to: one warp per token, expert e in lane e % 32. Scores
+// are compared as integers in XLA's total order (-NaN < -inf < -0 < 0 < inf < NaN), and
+// made with the operations of xla_routing.py in float32, so that ties fall alike.
 //
 // Registers: RouteKernel <= 64
 
@@ -65,7 +65,8 @@ __device__ __forceinline__ int TakeBest(uint32_t (&keys)[kValues], int lane) {
 
 // NaN anywhere makes all of them NaN, as the sum is.
 template <int kValues>
-__device__ __forceinline__ void SoftmaxOfWarp(float (&v)[kValues], int count, int lane) {
+__device__ __forceinline__ void SoftmaxOfWarp(float (&v)[kValues], int count,
+                                              int lane) {
   float largest = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
@@ -102,7 +103,8 @@ __device__ __forceinline__ void ScoresOfWarp(float (&v)[kValues], const Route& p
 }
 
 // What a group is worth. Each lane starts elsewhere, to spread over the banks.
-__device__ __forceinline__ float SumOfBestTwo(const uint32_t* keys, int size, int lane) {
+__device__ __forceinline__ float SumOfBestTwo(const uint32_t* keys, int size,
+                                              int lane) {
   uint32_t first = kNoKey, second = kNoKey;
   int at = lane % size;
 #pragma unroll 8
