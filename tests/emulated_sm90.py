@@ -16,6 +16,7 @@ import numpy as np
 import tvm_ffi
 
 from jmx8.kernels.sm90 import configs, kernels, library, quantize as sm90_quantize
+from jmx8.ops import _dispatch
 
 from .emulated_flashinfer import host
 from .helpers import model_quantize
@@ -31,6 +32,7 @@ def use(monkeypatch):
     workspace = {"permute_workspace": lambda rows, experts: 4 * (rows + experts) + 1}
     monkeypatch.setattr(library, "function", workspace.__getitem__)
     # Without the traces of other tests, which hold other functions.
+    _dispatch._vmappable.cache_clear()
     jitted = jax.jit(lambda x: sm90_quantize._quantize(x))
     monkeypatch.setattr(sm90_quantize, "_jitted", jitted)
     for function in (gemm, permute, combine, route, quantize):
