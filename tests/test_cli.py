@@ -44,7 +44,8 @@ def test_demo_shows_the_whole_job():
     for part in ("memory", "BF16", "MXFP8 W8A16", "MXFP8 W8A8", "continues the text"):
         assert part in text
     assert "dB  layers/" in text
-    assert "mx_moe(" in text and "-> xla: runs everywhere" in text
+    # Which backend that is, the device decides.
+    assert re.search(r"\bmx_moe\(.* -> \w+: \w+", text)
 
 
 def test_generate_is_reproducible_and_reads_stdin():
