@@ -88,6 +88,7 @@ class TestUnsupported:
         operands = (*operands, w13_bias, w2_bias)
         return reason_of(functools.partial(moe.unsupported, **MOE_OPTIONS), *operands)
 
+    @pytest.mark.cpu
     def test_other_devices(self):
         assert "compute capability 8.9, 9.0" in self.why_not(*moe_operands())
         assert "compute capability 8.9, 9.0" in self.why_not_dense(4)

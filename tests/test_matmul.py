@@ -89,6 +89,7 @@ def count_dots(f, *args):
     return jax.jit(f).lower(*args).as_text().count("stablehlo.dot_general")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("activations", ["bf16", "mxfp8"])
 def test_vmapped_linear_is_one_matmul(activations):
     x, w = operands(24, 8, 70)
@@ -101,6 +102,7 @@ def test_vmapped_linear_is_one_matmul(activations):
     assert_bits_equal(apply(batch).reshape(24, 8), layer(x))
 
 
+@pytest.mark.cpu
 def test_vmap_over_weights_is_one_grouped_matmul():
     x, w = operands(6, 8, 70)
     stack = jax.tree.map(lambda a: jnp.stack([a, a, a]), w)
@@ -167,6 +169,7 @@ def test_gradient_with_respect_to_the_bias():
     np.testing.assert_allclose(each, weights, rtol=1e-5)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("bias_axis", [None, 0])
 @pytest.mark.parametrize("w_axis", [None, 0])
 @pytest.mark.parametrize("x_axis", [None, 0])
