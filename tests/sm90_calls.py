@@ -18,7 +18,7 @@ from .helpers import assert_within
 
 
 # Of a float32 accumulator's 24 bits, those that sums of up to 4096 products keep: the
-# tensor cores cut off what does not fit. Measured on an H200: 18.7 where one sum is of
+# tensor cores cut off what does not fit. Measured on an H200: 18.3 where one sum is of
 # them all, 19.3 or more where several share them.
 ACC_BITS = 18
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swigluoai": 4, "relu2": 5}
