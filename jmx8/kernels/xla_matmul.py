@@ -23,7 +23,13 @@ def matmul(
     x, w_values = x.astype(dtype), dequantize(w, dtype)
     if bias is None:
         return dot_rows(x, w_values, out_dtype)
-    out = dot_rows(x, w_values, jnp.float32)
+    return add_bias(dot_rows(x, w_values, jnp.float32), bias, out_dtype)
+
+
+def add_bias(
+    out: Float[Array, "*g m n"], bias: Float[Array, "*g r n"], out_dtype: DTypeLike
+) -> Float[Array, "*g m n"]:
+    """Adds a bias to a float32 product, which is rounded then and not before."""
     return (out + bias.astype(jnp.float32)).astype(out_dtype)
 
 

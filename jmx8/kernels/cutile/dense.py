@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ..._mx_array import MXArray
 from .. import _ffi
 from .._prepared import PreparedWeights
+from ..xla_matmul import add_bias
 from . import _backend, _launch, _pipeline, _tiles
 from ._launch import Cubin, Target
 from ._permute import Permutation
@@ -63,8 +64,7 @@ def run(
     Two runs give the same bits.
     """
     if bias is not None:
-        out = run(x, w, out_dtype=jnp.float32)
-        return (out + bias.astype(jnp.float32)).astype(out_dtype)
+        return add_bias(run(x, w, out_dtype=jnp.float32), bias, out_dtype)
     arch = _backend.target().arch
     operands, structure = jax.tree.flatten((x, w))
     product = _product(

@@ -12,6 +12,7 @@ from ..._mx_array import MXArray
 from .._ffi import Output
 from .._prepared import PreparedWeights
 from ..tactics import Tactic
+from ..xla_matmul import add_bias
 from . import configs, kernels, library
 from .configs import GemmConfig, VERSION as VERSION
 
@@ -70,8 +71,7 @@ def run(
     config = _default_config(x, w) if tactic is None else GemmConfig(*tactic[0])
     if bias is not None and bias.shape[-2] != 1:
         # One for each row, from a batched bias: not in the kernel.
-        out = _product(x, w, None, jnp.float32, config)
-        return (out + bias.astype(jnp.float32)).astype(out_dtype)
+        return add_bias(_product(x, w, None, jnp.float32, config), bias, out_dtype)
     return _product(x, w, bias, out_dtype, config)
 
 

@@ -49,7 +49,8 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
     int rows = gated ? entry.rows / 2 : entry.rows;
     int num_rows = gated ? g.n / 2 : g.n;
     int row_blocks = (num_rows + rows - 1) / rows;
-    int64_t tiles = g.tiles ? g.max_tiles : (g.num_slots + entry.slots - 1) / entry.slots;
+    int64_t tiles =
+        g.tiles ? g.max_tiles : (g.num_slots + entry.slots - 1) / entry.slots;
     if (row_blocks * tiles == 0) return nullptr;
     if (row_blocks * tiles > INT32_MAX) return "gemm_mma: too many thread blocks";
     CUtensorMap map;

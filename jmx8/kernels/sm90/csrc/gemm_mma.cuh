@@ -2,15 +2,16 @@
 //
 // A warp owns 16 * kWeightTiles rows of the weight and every kWarpsK-th unit of 128
 // columns. Lane 4 r + c multiplies the MX block c of the unit, of rows r and r + 8 and
-// of slot r: the order of k within mma is free as long as weights and activations agree,
-// so both are read as they lie in memory. Each warp has a ring of stages in shared
-// memory of its own, which it fills itself: no warp waits for another until they add up
-// their sums.
+// of slot r: the order of k within mma is free as long as weights and activations
+// agree, so both are read as they lie in memory. Each warp has a ring of stages in
+// shared memory of its own, which it fills itself: no warp waits for another until they
+// add up their sums.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "activation.cuh"
+#include "bias.cuh"
 #include "kernels.h"
 #include "ptx.cuh"
 #include "widen.cuh"
@@ -32,8 +33,8 @@ struct Shape {
   static constexpr int kActivationCopies = (kSlots + 1) / 2;
   static constexpr int kScaleCopies = (kWarpRows + 31) / 32;
   // A warp's part of shared memory: stages of elements, which the copy engine wants
-  // aligned to 1024 bytes; stages of activations and scales; a barrier for each stage. A
-  // row has 8 bytes of scales, as the four that are needed may lie across two words.
+  // aligned to 1024 bytes; stages of activations and scales; a barrier for each stage.
+  // A row has 8 bytes of scales, as the four that are needed may lie across two words.
   static constexpr int kBarrierBytes = 16;
   static constexpr int kTileBytes = 16 * kUnit;
   static constexpr int kElementBytes = kWeightTiles * kTileBytes;
@@ -52,13 +53,6 @@ struct Shape {
   static constexpr bool kFits = kBlocks >= 1;
   static_assert(kWarps % kWarpsK == 0 && kSumBytes <= kStages * kElementBytes);
 };
-
-__device__ __forceinline__ void CopyScales(uint32_t to, const uint8_t* from,
-                                           uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-               "r"(bytes)
-               : "memory");
-}
 
 __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
                                     uint32_t b0, uint32_t b1) {
@@ -149,7 +143,8 @@ struct Warp {
     for (int i = 0; i < S::kActivationCopies; ++i) {
       int slot = tile.first_slot + min(i * 2 + lane / 16, tile.num_slots - 1);
       int row = g.slot_rows ? g.slot_rows[slot] : slot;
-      x[i] = static_cast<const uint8_t*>(g.x) + (int64_t{row} * g.k + lane % 16 * 8) * 2;
+      x[i] = static_cast<const uint8_t*>(g.x) +
+             (int64_t{row} * g.k + lane % 16 * 8) * 2;
     }
   }
 
@@ -189,7 +184,7 @@ struct Warp {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       int64_t bytes = min(max(end - from - i, int64_t{0}), int64_t{4});
-      CopyScales(to + i, bytes ? from + i : g.scales, bytes);
+      ptx::CopyAsync4(to + i, bytes ? from + i : g.scales, bytes);
     }
   }
 
@@ -268,7 +263,7 @@ struct Warp {
     for (int i = 0; i < 2; ++i) {
       int chunk = c * 4 + half * 2 + i;
       b[i] = ptx::LoadShared128(ActivationsAt(stage) + (j * 8 + row) * 256 +
-                           (chunk ^ (c / 2 * 2) ^ row % 2) * 16);
+                                (chunk ^ (c / 2 * 2) ^ row % 2) * 16);
     }
   }
 
@@ -280,10 +275,6 @@ struct Warp {
       int unit = first + i * S::kWarpsK;
       if (unit < units) CopyWeights(i, unit);
     }
-#ifdef JMX8_PDL
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
     FindActivations();
 #pragma unroll
     for (int i = 0; i < S::kStages; ++i) {
@@ -331,11 +322,6 @@ struct Warp {
     }
   }
 };
-
-__device__ __forceinline__ float LoadBias(const Gemm& g, int64_t index) {
-  if (g.bias_is_f32) return static_cast<const float*>(g.bias)[index];
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(g.bias)[index]);
-}
 
 // Adds up, in a fixed order, what the warps that share rows have summed.
 template <typename S>
@@ -387,7 +373,7 @@ __device__ __forceinline__ void StoreBlock(const Gemm& g, const Block<S>& block,
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     GemmMma(const __grid_constant__ Gemm g, const __grid_constant__ CUtensorMap map,
-           int row_blocks) {
+            int row_blocks) {
   extern __shared__ __align__(1024) uint8_t shared[];
   Block<S> block;
   int tile = blockIdx.x / row_blocks;

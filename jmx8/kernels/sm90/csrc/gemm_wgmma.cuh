@@ -1,8 +1,9 @@
 // Products with widened weights on Hopper's warpgroup matrix units: the weights are the
 // operand in registers (their rows are the result's 64 rows), the activations are in
-// shared memory. One or four warps keep `kStages` stages of both in flight.
+// shared memory. One, two or four warps keep `kStages` stages of both in flight.
 #pragma once
 
+#include "bias.cuh"
 #include "wgmma_consumer.cuh"
 #include "wgmma_producer.cuh"
 
@@ -30,11 +31,7 @@ __device__ __forceinline__ void AddBias(const Gemm& g, int expert, int n, int co
                                         float (&sum)[8]) {
   if (g.bias == nullptr) return;
   const int64_t first = int64_t{expert} * g.n + n;
-  for (int j = 0; j < count; ++j) {
-    sum[j] += g.bias_is_f32
-                  ? static_cast<const float*>(g.bias)[first + j]
-                  : __bfloat162float(static_cast<const __nv_bfloat16*>(g.bias)[first + j]);
-  }
+  for (int j = 0; j < count; ++j) sum[j] += LoadBias(g, first + j);
 }
 
 __device__ __forceinline__ void StoreColumns(const Gemm& g, int64_t at, int count,
@@ -48,7 +45,9 @@ __device__ __forceinline__ void StoreColumns(const Gemm& g, int64_t at, int coun
   if (aligned && count == 8) {
     __nv_bfloat162 pairs[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) pairs[j] = __floats2bfloat162_rn(v[2 * j], v[2 * j + 1]);
+    for (int j = 0; j < 4; ++j) {
+      pairs[j] = __floats2bfloat162_rn(v[2 * j], v[2 * j + 1]);
+    }
     *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(pairs);
     return;
   }
@@ -120,7 +119,8 @@ __device__ __forceinline__ void Consume(const Arguments& a, const Place& p,
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
-    GemmWgmma(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap w_map,
+    GemmWgmma(const __grid_constant__ Arguments a,
+              const __grid_constant__ CUtensorMap w_map,
               const __grid_constant__ CUtensorMap x_map) {
   extern __shared__ uint8_t memory[];
   const Shared s = DivideShared<S>(ptx::SharedAddress(memory));
@@ -137,7 +137,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
   const int first = blockIdx.x / a.split_k, stride = gridDim.x / a.split_k;
   Place place;
   if (warpgroup == S::kConsumers / 128) {
-    if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (S::kMovesRegisters) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    }
     Producer<S> producer;
     for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
       producer.Run(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
@@ -148,7 +150,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
       ptx::ClusterSync();
     }
   } else {
-    if constexpr (S::kMovesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (S::kMovesRegisters) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    }
     Consumer<S> consumer(warpgroup / S::kSide);
     for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
       Consume<S>(a, place, s, warpgroup, &consumer);

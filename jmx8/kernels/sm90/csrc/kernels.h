@@ -1,10 +1,10 @@
 // What the kernels compute, and the functions that launch them. No function here
 // allocates, synchronizes or keeps state; each returns nullptr or what is wrong.
 //
-// Each kernel's file states how many registers any instance of it may take, in a line of
-// its own: "// Registers: NameOfKernel <= 168", the plain name of the __global__ function.
-// The tests compile everything and fail on a kernel that takes more, that states nothing,
-// or that spills.
+// Each kernel's file states how many registers any instance of it may take, in a line
+// of its own: "// Registers: NameOfKernel <= 168", the plain name of the __global__
+// function. The tests compile everything and fail on a kernel that takes more, that
+// states nothing, or that spills.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -99,6 +99,14 @@ __device__ __forceinline__ void CopyAsync4(uint32_t to, const void* from) {
                : "memory");
 }
 
+// Copies 4 bytes, of which those past `bytes` become zeros.
+__device__ __forceinline__ void CopyAsync4(uint32_t to, const void* from,
+                                           uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+
 // Copies 16 bytes, of which those past `bytes` become zeros.
 __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from,
                                             uint32_t bytes) {
@@ -160,15 +168,16 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
 // Of 8 x 8 matrices of 16 bits the columns, to where each lane points with one.
 __device__ __forceinline__ void StoreTransposed(uint32_t to, const uint32_t (&v)[4]) {
   asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+      ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
       : "memory");
 }
 
 __device__ __forceinline__ void StoreTransposed(uint32_t to, const uint32_t (&v)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to),
-               "r"(v[0]), "r"(v[1])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to),
+      "r"(v[0]), "r"(v[1])
+      : "memory");
 }
 
 __device__ __forceinline__ void StoreTransposed(uint32_t to, const uint32_t (&v)[1]) {

@@ -4,18 +4,11 @@
 #include <cuda_bf16.h>
 
 #include "activation.cuh"
+#include "bias.cuh"
 #include "wgmma_shape.cuh"
 #include "widen.cuh"
 
 namespace jmx8::wgmma {
-
-// Two e4m3, the first in the lower byte, to bf16, times 2^-120.
-__device__ __forceinline__ uint32_t Spread(uint32_t pair) {
-  uint32_t extended;  // each byte with copies of its sign above it
-  // Volatile, so that it is not moved up to where the bytes are not there yet.
-  asm volatile("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(extended) : "r"(pair));
-  return (extended << 4) & 0x87F087F0;
-}
 
 template <class S>
 struct Consumer {
@@ -96,7 +89,9 @@ struct Consumer {
         }
         LoadPairs(s, loaded.stage, (j + 2) % kSteps, pairs[j % 2]);
         ptx::WgmmaWait<kBuffers - 1>();  // what read a[(j + 1) % kBuffers]
-        if (j > kBuffers - 2 && (j - kBuffers + 2) % kSteps == 0) Release(s, stage_before);
+        if (j > kBuffers - 2 && (j - kBuffers + 2) % kSteps == 0) {
+          Release(s, stage_before);
+        }
         Widen(pairs[(j + 1) % 2], a[(j + 1) % kBuffers]);
         if (j % 2 == 0) FindFactors((j + 2) / 2 % 4);
       }
@@ -179,7 +174,7 @@ struct Consumer {
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        a[b][r] = MulBf16x2(Spread(from[b][r]), factors[b][r % 2]);
+        a[b][r] = MulBf16x2(SpreadPair<0, true>(from[b][r]), factors[b][r % 2]);
       }
     }
     if (block_has_large) {
@@ -278,10 +273,7 @@ struct Consumer {
 
   __device__ __forceinline__ static float Bias(const Gemm& g, int expert, int n) {
     if (g.bias == nullptr || n >= g.n) return 0;
-    const int64_t at = int64_t{expert} * g.n + n;
-    return g.bias_is_f32
-               ? static_cast<const float*>(g.bias)[at]
-               : __bfloat162float(static_cast<const __nv_bfloat16*>(g.bias)[at]);
+    return LoadBias(g, int64_t{expert} * g.n + n);
   }
 
   __device__ __forceinline__ static void StoreEight(__nv_bfloat16* to, uint32_t from,
@@ -295,7 +287,8 @@ struct Consumer {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       if (j < count) {
-        to[j] = __ushort_as_bfloat16(static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16)));
+        const uint32_t half = words[j / 2] >> (j % 2 * 16);
+        to[j] = __ushort_as_bfloat16(static_cast<uint16_t>(half));
       }
     }
   }

@@ -17,7 +17,7 @@ struct Shape {
   static constexpr bool kGathers = kGathers_;
 
   static constexpr int kN = 64 * kSide * kBlocks;
-  static constexpr int kBoxN = kN / 2;  // if gated, one box is the gate's, one that of up
+  static constexpr int kBoxN = kN / 2;  // if gated, one box is the gate's, one up's
   static constexpr int kConsumers = 128 * kSide * kDeep;
   // Large sums need registers that a whole producing warpgroup can give up.
   static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
@@ -43,7 +43,7 @@ struct Shape {
       (kPipelineBytes > kDeep * kPartialBytes ? kPipelineBytes : kDeep * kPartialBytes);
 
   static_assert(kStages >= 2 && kSharedBytes <= 227 * 1024);
-  static_assert(kStages > kDeep, "a warpgroup waits for a stage while it holds another");
+  static_assert(kStages > kDeep, "a warpgroup waits for one stage while it has one");
   static_assert(kDeep == 1 || kK == 128, "a scale word is one stage's");
 };
 

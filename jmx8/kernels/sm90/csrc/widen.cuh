@@ -20,11 +20,6 @@ __host__ __device__ __forceinline__ uint32_t FastFactor(uint32_t code) {
   return code * 0x00800080u + 0x3c003c00u;
 }
 
-// Whether any of four codes is above kMaxFastScale.
-__host__ __device__ __forceinline__ bool AnyLargeScale(uint32_t codes) {
-  return (((codes & 0x7f7f7f7fu) + 0x79797979u) & codes & 0x80808080u) != 0;
-}
-
 // What is left to multiply with after FastFactor(min(code, kMaxFastScale)).
 __host__ __device__ __forceinline__ uint32_t ExtraFactor(uint32_t code) {
   if (code == 255) return 0x7fc07fc0u;
@@ -57,13 +52,19 @@ struct Factors {
 };
 
 // Elements 2 kPair and 2 kPair + 1 of four, times 2^-120: bytes are extended by their
-// signs, then shifted to where bf16 has exponent and mantissa.
-template <int kPair>
+// signs, then shifted to where bf16 has exponent and mantissa. kInOrder: the compiler
+// must not move it up to where the bytes are not there yet.
+template <int kPair, bool kInOrder = false>
 __device__ __forceinline__ uint32_t SpreadPair(uint32_t bytes) {
+  constexpr uint32_t kBytesAndSigns = kPair == 0 ? 0x9180 : 0xb3a2;
   uint32_t extended;
-  asm("prmt.b32 %0, %1, 0, %2;"
-      : "=r"(extended)
-      : "r"(bytes), "n"(kPair == 0 ? 0x9180 : 0xb3a2));
+  if constexpr (kInOrder) {
+    asm volatile("prmt.b32 %0, %1, 0, %2;"
+                 : "=r"(extended)
+                 : "r"(bytes), "n"(kBytesAndSigns));
+  } else {
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(extended) : "r"(bytes), "n"(kBytesAndSigns));
+  }
   return (extended << 4) & 0x87f087f0u;
 }
 
