@@ -53,6 +53,12 @@ def use(monkeypatch):
     return calls
 
 
+def one_device_mesh(name: str) -> jax.sharding.Mesh:
+    """Returns a mesh of the CPU, where these functions are."""
+    kind = jax.sharding.AxisType.Auto
+    return jax.make_mesh((1,), (name,), (kind,), devices=jax.devices("cpu")[:1])
+
+
 def normal(seed, *shape, dtype=jnp.bfloat16) -> Any:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 

@@ -1,6 +1,7 @@
 """Tests of where the cuTile backends run, and of what is compiled for them."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -216,7 +217,12 @@ print(sorted({"torch", "flashinfer", "cuda.tile"} & set(sys.modules)))
         capture_output=True,
         text=True,
         check=False,
-        env={"JMX8_CACHE_DIR": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        env={
+            "JMX8_CACHE_DIR": str(tmp_path),
+            "PATH": "",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            "JAX_PLATFORMS": "cpu",
+        },
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "['cuda.tile']"

@@ -35,6 +35,8 @@ def claim(monkeypatch):
 
     def claim(capability):
         monkeypatch.setattr(_device, "compute_capability", lambda: capability)
+        devices = [_Device(".".join(map(str, capability or ())))]
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
 
     return claim
 

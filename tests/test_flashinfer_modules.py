@@ -69,6 +69,7 @@ def get_jit_cache_providers():
         return put(folder / f"{GEMM.name}/{GEMM.name}.so")
 
     def remove_compiler(self) -> None:
+        self._monkeypatch.delenv("CXX", raising=False)
         for variable in ("CUDA_HOME", "CUDA_PATH", "PATH"):
             self._monkeypatch.setenv(variable, "")
         self._monkeypatch.setattr(_toolchain, "_DEFAULT_HOME", str(self.root))

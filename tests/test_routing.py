@@ -257,7 +257,8 @@ def test_scores_of_narrow_logits_are_float32(dtype):
     wide = jit_route(logits.astype(jnp.float32), "sigmoid", 4, correction_bias=bias)
     assert actual[1].dtype == jnp.float32
     np.testing.assert_array_equal(actual[0], wide[0])
-    np.testing.assert_array_equal(actual[1], wide[1])
+    # Equal but for the last bits, as two programs may evaluate one exponential.
+    np.testing.assert_array_max_ulp(actual[1], wide[1], maxulp=4)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 1, 3), (0,), (2, 0)])

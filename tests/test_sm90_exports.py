@@ -228,6 +228,7 @@ _REFUSALS = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("name", "call", "change", "message"), _REFUSALS)
 def test_what_the_functions_refuse(name, call, change, message, built):
     tvm_ffi = pytest.importorskip("tvm_ffi")

@@ -22,7 +22,7 @@ from .helpers import assert_bits_equal, assert_matmul_close
 
 pytest.importorskip("jax_tvm_ffi")
 from . import emulated_sm90
-from .emulated_sm90 import assert_close, names_of, normal
+from .emulated_sm90 import assert_close, names_of, normal, one_device_mesh
 
 
 pytestmark = pytest.mark.cpu
@@ -118,7 +118,7 @@ class TestMatmul:
         expected = jax.value_and_grad(loss, (0, 1))(x, bias, "xla")
         jax.tree.map(assert_close, got, expected)
         assert names_of(calls) == ["gemm"] * 2
-        mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = one_device_mesh("m")
         spec = jax.sharding.PartitionSpec
         sharded = jax.shard_map(
             lambda x, w: mx_matmul(x, w),

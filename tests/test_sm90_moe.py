@@ -20,7 +20,7 @@ from .helpers import assert_bits_equal
 
 pytest.importorskip("jax_tvm_ffi")
 from . import emulated_sm90
-from .emulated_sm90 import assert_close, names_of, normal
+from .emulated_sm90 import assert_close, names_of, normal, one_device_mesh
 
 
 pytestmark = pytest.mark.cpu
@@ -153,7 +153,7 @@ class TestMoE:
         step = lambda x, _: (layer(x), None)
         out = jax.jit(lambda x: jax.lax.scan(step, x, None, length=2)[0])(x)
         assert_bits_equal(out, layer(layer(x)))
-        mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = one_device_mesh("d")
         spec = jax.sharding.PartitionSpec("d")
         sharded = jax.shard_map(
             lambda *operands: mx_moe(*operands),
