@@ -16,9 +16,14 @@ import numpy as np
 from jaxtyping import Array
 
 from .._mx_array import MXArray, quantize
+from .._numerics import BLOCK_SIZE, dequantize_rows
 from .errors import CheckpointError
 from .plan import CHUNK_BYTES, Part, Plan
+from .stored import MXRows
 
+
+# The largest code with which no element exceeds float32: 448 * 2**(246 - 127).
+_SAFE_CODE = 246
 
 Progress = Callable[[int, int, str], None]
 OnChunk = Callable[[str, Array, MXArray], None]
@@ -53,17 +58,18 @@ def read_parameters(
     rows_left = {path: _num_rows(leaf.shape) for path, leaf in leaves.items()}
     targets: dict[str, _Target] = {}
     result: dict[str, Any] = {}
-    done, total = 0, plan.num_bytes
+    total = plan.num_bytes
     unchecked: tuple[_Chunk, Array] | None = None
     for chunk in _chunks(plan):
         path = chunk.part.path
         if path not in targets:
             targets[path] = _Target(leaves[path])
-        rows = jax.device_put(chunk.rows)
+        rows = jax.device_put(chunk.rows)  # of MXRows, both arrays
         finite, quantized = targets[path].write(
             rows, chunk.part.start + chunk.start, return_quantized=on_chunk is not None
         )
         if on_chunk is not None and quantized is not None:
+            assert not isinstance(rows, MXRows)
             on_chunk(path, rows, quantized)
         # Waiting for the previous chunk, not this one, lets the device work while the
         # next is read, and bounds how many are in flight.
@@ -72,9 +78,8 @@ def read_parameters(
         rows_left[path] -= len(chunk.rows)
         if rows_left[path] == 0:
             result[path] = targets.pop(path).finish()
-        done += chunk.rows.nbytes
         if progress is not None:
-            progress(done, total, chunk.part.source.info.name)
+            progress(chunk.done, total, chunk.part.weight.name)
     _wait(unchecked, check_finite)
     assert not targets and len(result) == len(leaves)
     return result
@@ -83,14 +88,19 @@ def read_parameters(
 class _Chunk(NamedTuple):
     part: Part
     start: int  # index of the first row in the part
-    rows: np.ndarray
+    rows: np.ndarray | MXRows
+    done: int  # bytes of all weights up to and with these rows
 
 
 def _chunks(plan: Plan) -> Iterator[_Chunk]:
+    before = 0
     for part in plan.parts:
-        file, name = part.source.file, part.source.info.name
-        for start, rows in file.iter_rows(name, CHUNK_BYTES):
-            yield _Chunk(part, start, rows)
+        weight = part.weight
+        num_rows = _num_rows(weight.shape)
+        for start, rows in weight.iter_rows(CHUNK_BYTES):
+            share = weight.nbytes * (start + len(rows)) // max(1, num_rows)
+            yield _Chunk(part, start, rows, before + share)
+        before += weight.nbytes
 
 
 def _wait(unchecked: tuple[_Chunk, Array] | None, check_finite: bool) -> None:
@@ -98,14 +108,20 @@ def _wait(unchecked: tuple[_Chunk, Array] | None, check_finite: bool) -> None:
     if unchecked is None:
         return
     chunk, finite = unchecked
-    if not bool(finite) and check_finite:
+    if bool(finite) or not check_finite:
+        return
+    if isinstance(chunk.rows, MXRows):
+        rows = chunk.rows.dequantize()
+        if np.isfinite(rows).all():
+            return  # scales so large that an element could have overflowed
+    else:
         rows = chunk.rows.astype(np.float32)
-        nan, inf = np.isnan(rows).sum(), np.isinf(rows).sum()
-        found = f"{nan} NaN and {inf} infinite" if nan or inf else "bfloat16 overflow"
-        raise CheckpointError(
-            f"{chunk.part.source}: weights must be finite, found {found} in rows "
-            f"{chunk.start} to {chunk.start + len(rows) - 1}"
-        )
+    nan, inf = np.isnan(rows).sum(), np.isinf(rows).sum()
+    found = f"{nan} NaN and {inf} infinite" if nan or inf else "bfloat16 overflow"
+    raise CheckpointError(
+        f"{chunk.part.weight}: weights must be finite, found {found} in rows "
+        f"{chunk.start} to {chunk.start + len(rows) - 1}"
+    )
 
 
 class _Target:
@@ -124,7 +140,7 @@ class _Target:
         )
 
     def write(
-        self, rows: Array, start: int, *, return_quantized: bool
+        self, rows: Array | MXRows, start: int, *, return_quantized: bool
     ) -> tuple[Array, MXArray | None]:
         """Writes rows in place; returns whether they are finite, and the rows."""
         self.buffers, finite, quantized = _write(
@@ -161,7 +177,7 @@ def _allocate(
 )
 def _write(
     buffers: tuple[Array, ...],
-    rows: Array,
+    rows: Any,
     start: Array,
     *,
     dtype: np.dtype,
@@ -169,9 +185,15 @@ def _write(
     return_quantized: bool,
 ) -> tuple[tuple[Array, ...], Array, MXArray | None]:
     """Writes `[m, k]` rows, converted, into row `start` and following of buffers."""
-    w = quantize(rows) if quantized else None
-    values = rows if w is not None else rows.astype(dtype)
-    parts = (values,) if w is None else (w.elements, w.scales)
+    w = None
+    if isinstance(rows, MXRows):
+        parts, finite = _stored_parts(rows, dtype, quantized)
+    else:
+        w = quantize(rows) if quantized else None
+        values = rows if w is not None else rows.astype(dtype)
+        parts = (values,) if w is None else (w.elements, w.scales)
+        # Counting what is not finite would take eight bytes per element on the CPU.
+        finite = jnp.all(jnp.isfinite(values))
     written = []
     for buffer, part in zip(buffers, parts, strict=True):
         part = jax.lax.bitcast_convert_type(part, buffer.dtype)
@@ -180,9 +202,27 @@ def _write(
             matrix, part, (start, jnp.zeros_like(start))
         )
         written.append(matrix.reshape(buffer.shape))
-    # Counting what is not finite would take eight bytes per element on the CPU.
-    finite = jnp.all(jnp.isfinite(values))
     return tuple(written), finite, w if return_quantized else None
+
+
+def _stored_parts(
+    rows: Any, dtype: np.dtype, quantized: bool
+) -> tuple[tuple[Array, ...], Array]:
+    """Returns what to write of rows that are MXFP8, and whether they are finite.
+
+    As MXFP8 these are their own bytes, and "not finite" may only mean: perhaps.
+    """
+    k = rows.elements.shape[1]
+    elements = jax.lax.bitcast_convert_type(rows.elements, jnp.uint8)
+    elements = jnp.pad(elements, [(0, 0), (0, -k % BLOCK_SIZE)])
+    scales = jax.lax.bitcast_convert_type(rows.codes, jnp.float8_e8m0fnu)
+    elements = jax.lax.bitcast_convert_type(elements, jnp.float8_e4m3fn)
+    if quantized:
+        magnitude = jax.lax.bitcast_convert_type(elements, jnp.uint8) & 0x7F
+        finite = jnp.all(magnitude != 0x7F) & jnp.all(rows.codes <= _SAFE_CODE)
+        return (elements, scales), finite
+    values = dequantize_rows(elements, scales)[:, :k].astype(dtype)
+    return (values,), jnp.all(jnp.isfinite(values))
 
 
 def _num_rows(shape: tuple[int, ...]) -> int:
