@@ -157,7 +157,7 @@ def test_a_weight_that_bfloat16_cannot_hold(tmp_path):
 
 
 @pytest.mark.usefixtures("no_reads")
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float64, torch.int8])
 def test_weights_of_another_dtype(tmp_path, dtype):
     tensors = random_tensors(DENSE)
     tensors[GATE] = tensors[GATE].to(dtype)
@@ -165,7 +165,7 @@ def test_weights_of_another_dtype(tmp_path, dtype):
     name = str(dtype).removeprefix("torch.")
     assert problem(tmp_path) == (
         f"{tmp_path / 'model.safetensors'}: {GATE}: dtype must be bfloat16, float16 or "
-        f"float32, got {name}; this reads unquantized weights and converts them itself"
+        f"float32, or float8_e4m3fn with scales, got {name}"
     )
 
 
@@ -178,7 +178,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
     tensors["model.layers.2.input_layernorm.weight"] = torch.zeros(64)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(10)
     tensors[EXPERT] = tensors[EXPERT].T.contiguous()
-    tensors[GATE] = tensors[GATE].to(torch.float8_e4m3fn)
+    tensors[GATE] = tensors[GATE].to(torch.int8)
     write_checkpoint(tmp_path, MOE, tensors)
     file = tmp_path / "model.safetensors"
     prefix = "model.layers.1.mlp.experts"
@@ -192,8 +192,8 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
         f"{file}: model.layers.0.self_attn.rotary_emb.inv_freq: unknown, the model has "
         "no place for it",
         f"{file}: {EXPERT}: shape must be [48, 64] by config.json, got [64, 48]",
-        f"{file}: {GATE}: dtype must be bfloat16, float16 or float32, got "
-        "float8_e4m3fn; this reads unquantized weights and converts them itself",
+        f"{file}: {GATE}: dtype must be bfloat16, float16 or float32, or "
+        "float8_e4m3fn with scales, got int8",
     }
 
 
@@ -203,6 +203,9 @@ def test_a_checkpoint_of_the_wrong_config(tmp_path):
     found = problems(tmp_path)
     assert len(found) > 10
     assert any(f"{EXPERT}: missing" in line for line in found)
+
+
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
 def write_config(folder, config):
@@ -222,6 +225,13 @@ def write_config(folder, config):
         ({"hidden_size": "64"}, "hidden_size must be an integer"),
         ({"unheard_of": 1}, "unheard_of"),
         ({"quantization_config": []}, "quantization_config must be an object"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'awq' is not read"),
+        ({"quantization_config": {"quant_method": ["a"]}}, "['a'] is not read"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "fp8 with weight_block_size",
+        ),
+        ({"quantization_config": NVFP4}, "quant_algo 'NVFP4' is not read"),
         ({"quantization_config": {"ignore": "lm_head"}}, "ignore must be a list of"),
         ({"quantization_config": {"ignore": [1]}}, "ignore must be a list of strings"),
         ({"quantization_config": {"ignore": ["re:("]}}, "is not a regular expression"),
@@ -258,7 +268,8 @@ def test_a_config_that_is_not_json(folder, content):
 def test_a_folder_that_is_none(tmp_path):
     assert problem(tmp_path / "absent") == f"{tmp_path / 'absent'}: no such folder"
     (tmp_path / "file").write_text("")
-    assert problem(tmp_path / "file") == f"{tmp_path / 'file'}: no such folder"
+    line = problem(tmp_path / "file")
+    assert line == f"{tmp_path / 'file'}: needs a folder, got a file"
     assert "config.json: No such file" in problem(tmp_path)
 
 

@@ -5,6 +5,7 @@ import pytest
 from jmx8._mx_array import MXArray
 from jmx8.checkpoint import load, open_folder
 from jmx8.checkpoint.load import _abstract_model, _family, _leaves
+from jmx8.checkpoint.stored import find_weights
 
 from .checkpoints import MOE, random_tensors, write_checkpoint
 
@@ -14,8 +15,10 @@ def kept(folder, entries, key="ignore"):
     config = open_folder(folder).config | {"quantization_config": {key: entries}}
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = open_folder(folder)
-    arguments = (checkpoint, _family(checkpoint), "mxfp8", None, None, "auto")
-    _, report = _abstract_model(*arguments)
+    family, weights = _family(checkpoint), find_weights(checkpoint)
+    _, report = _abstract_model(
+        checkpoint, weights, family, "mxfp8", None, None, "auto"
+    )
     return skipped(report)
 
 

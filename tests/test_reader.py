@@ -1,4 +1,5 @@
 import json
+import os
 from typing import Any
 
 import ml_dtypes
@@ -109,6 +110,7 @@ TWICE = b'{"x": %(entry)s, "x": %(entry)s}' % {b"entry": json.dumps(entry()).enc
         ({"x": entry(shape=(-2, -2))}, bytes(16), "x: shape must be a list"),
         ({"x": entry(shape=(0, 2**62), end=0)}, b"", "x: shape must be a list"),
         ({"x": entry(shape=(True, 4))}, bytes(16), "x: shape must be a list"),
+        ({"x": entry(shape=[1] * 16 + [4])}, bytes(16), "x: shape must be a list of"),
         ({"x": entry(dtype="F4")}, bytes(16), "x: unknown dtype 'F4'"),
         ({"x": entry(dtype=["F32"])}, bytes(16), "x: unknown dtype"),
         ({"x": 1}, bytes(16), "x: header must give dtype, shape and data_offsets"),
@@ -191,6 +193,9 @@ def test_json_keys_may_not_repeat_at_any_depth():
         parse_json_object(b'{"a": {"b": 1, "b": 2}}', "here")
 
 
+TWO = "2.safetensors"
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint of two shards."""
@@ -200,9 +205,6 @@ def folder(tmp_path):
     safetensors.numpy.save_file({"c": 3 * ones}, tmp_path / "2.safetensors")
     write_index(tmp_path, {"a": "1.safetensors", "b": "1.safetensors"} | {"c": TWO})
     return tmp_path
-
-
-TWO = "2.safetensors"
 
 
 def write_index(path, weight_map):
@@ -221,17 +223,53 @@ def test_an_index_gathers_its_shards(folder):
     }
 
 
-def test_a_folder_of_links_is_read(folder, tmp_path_factory):
-    links = tmp_path_factory.mktemp("snapshot")
-    for file in folder.iterdir():
-        (links / file.name).symlink_to(file)
-    assert list(open_folder(links).sources) == ["a", "b", "c"]
+def test_the_download_cache_of_hugging_face_is_read(folder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("models--a--b")
+    (cache / "snapshots" / "0123").mkdir(parents=True)
+    folder.rename(cache / "blobs")
+    for file in (cache / "blobs").iterdir():
+        link = cache / "snapshots" / "0123" / file.name
+        link.symlink_to(f"../../blobs/{file.name}")
+    assert list(open_folder(cache / "snapshots" / "0123").sources) == ["a", "b", "c"]
 
 
-def test_without_an_index_the_only_file_is_read(folder):
-    (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointError, match="several safetensors files and no"):
+def test_a_link_to_a_folder_is_that_folder(folder, tmp_path_factory):
+    link = tmp_path_factory.mktemp("elsewhere") / "link"
+    link.symlink_to(folder)
+    assert list(open_folder(link).sources) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "2.safetensors"]
+)
+def test_a_link_that_leads_out_of_the_folder_is_refused(folder, tmp_path_factory, name):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / name
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="link that leads out of the folder") as e:
         open_folder(folder)
+    assert len(e.value.problems) == 1 and str(folder / name) in str(e.value)
+    # Neither does a folder called blobs help that is itself a link.
+    snapshot = tmp_path_factory.mktemp("cache") / "snapshots" / "0"
+    snapshot.parent.mkdir()
+    folder.rename(snapshot)
+    (snapshot / name).unlink()
+    (snapshot.parents[1] / "blobs").symlink_to(elsewhere.parent)
+    (snapshot / name).symlink_to(f"../../blobs/{name}")
+    with pytest.raises(CheckpointError, match="link that leads out of the folder"):
+        open_folder(snapshot)
+
+
+@pytest.mark.parametrize("name", ["config.json", TWO, "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_folder(folder)
+
+
+def test_a_file_without_an_index_is_read(folder):
+    (folder / "model.safetensors.index.json").unlink()
     (folder / TWO).unlink()
     assert list(open_folder(folder).sources) == ["a", "b"]
     (folder / "1.safetensors").unlink()
@@ -239,9 +277,45 @@ def test_without_an_index_the_only_file_is_read(folder):
         open_folder(folder)
 
 
+def test_files_without_an_index_are_read_together(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    assert list(open_folder(folder).sources) == ["a", "b", "c"]
+    (folder / "3.safetensors").write_bytes((folder / TWO).read_bytes())
+    with pytest.raises(CheckpointError, match=r"3.safetensors: c: is in 2.safetensors"):
+        open_folder(folder)
+
+
+def test_a_set_of_shards_without_an_index_must_be_whole(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    for i in (1, 2):
+        new = folder / f"model-0000{i}-of-00003.safetensors"
+        (folder / f"{i}.safetensors").rename(new)
+    with pytest.raises(CheckpointError, match="missing shard"):
+        open_folder(folder)
+    ones = np.ones(1, np.float32)
+    third = folder / "model-00003-of-00003.safetensors"
+    safetensors.numpy.save_file({"d": ones}, third)
+    # A copy of everything in another file, as some repositories have it.
+    safetensors.numpy.save_file({"a": ones}, folder / "consolidated.safetensors")
+    assert list(open_folder(folder).sources) == ["a", "b", "c", "d"]
+    (folder / "other-00001-of-00001.safetensors").write_bytes(third.read_bytes())
+    with pytest.raises(CheckpointError, match="holds 2 sets of shards"):
+        open_folder(folder)
+
+
+def test_an_empty_set_of_shards_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "x-00000-of-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="missing shard"):
+        open_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd", "../1.safetensors", "sub/1.safetensors", "..", "", None, "a\\b"],
+    [
+        *("/etc/passwd", "../1.safetensors", "sub/1.safetensors", "..", "", None),
+        *("a\\b", "a\0b", "\ud800.safetensors", "long" * 64),
+    ],
 )
 def test_an_index_names_files_of_its_folder_only(folder, name):
     write_index(folder, {"a": name})

@@ -47,6 +47,8 @@ def parse_json_object(data: bytes, where: Path | str) -> dict[str, Any]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None

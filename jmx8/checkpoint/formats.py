@@ -150,6 +150,15 @@ FP8_BLOCKS = Format(
 _SUFFIXES = ("_scale", "_scale_inv")
 _STACK_SUFFIXES = ("_weight_scale", "_weight_scale_inv")
 
+# What follows a module's name in the names of torchao's elements and scales.
+TORCHAO_NAMES = ("._weight_qdata", "._weight_scale")
+# What torchao's tensors become in a file. Not written: it wants metadata of its own.
+TORCHAO = Format(
+    name="torchao",
+    scale_suffix=TORCHAO_NAMES[1],
+    scale_dtypes=E8M0_DTYPES[::-1],
+)
+
 WRITABLE: Mapping[str, Format] = {
     form.name: form for form in (MODELOPT, COMPRESSED_TENSORS, MXFP8)
 }
@@ -211,6 +220,8 @@ def _by_method(
         layout = quantization.get("format")
         known = layout in ("mxfp8-quantized", "mixed-precision")
         return (COMPRESSED_TENSORS if known else None), f"format {layout!r} is not read"
+    if method == "torchao":
+        return TORCHAO, ""
     if method in ("mxfp8", "fp8"):
         default = [1, 32] if method == "mxfp8" else None
         block = quantization.get("weight_block_size", default)

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules
 
 
 def ignored_modules(
-    config: Mapping[str, Any], where: Path, modules: Mapping[str, Iterable[str]]
+    config: Mapping[str, Any],
+    where: Path,
+    modules: Mapping[str, Iterable[str]],
+    key: str = "quantization_config",
 ) -> list[Callable[[str, Any], bool]]:
     """Returns patterns of the parameters that a checkpoint's own lists exclude.
 
-    The lists are those of `quantization_config` in `config.json`. An entry is
+    The lists are those of `quantization_config` in `config.json`, or of `quantization`
+    in ModelOpt's own file. An entry is
 
     - a regular expression after `re:`, which must match the start of a name;
     - a glob if it has a `*` or `?`, which must match a whole name;
@@ -33,9 +37,10 @@ def ignored_modules(
     one stack and are converted together or not at all.
 
     Args:
-        config: Content of `config.json`.
+        config: Content of the file.
         where: Path of that file, for messages.
         modules: For every module's path, the names of its tensors.
+        key: Where in the file the lists are.
 
     Returns:
         Functions of a parameter's path and value, one per entry that selects anything.
@@ -47,34 +52,34 @@ def ignored_modules(
     """
     spellings = {path: _spellings(names) for path, names in modules.items()}
     patterns = []
-    for key, entry in _entries(config, where):
-        matches = _compile(entry, f"{where}: quantization_config.{key}")
+    for name, entry in _entries(config, where, key):
+        matches = _compile(entry, f"{where}: {key}.{name}")
         chosen = frozenset(
             path for path, names in spellings.items() if any(map(matches, names))
         )
         if chosen:
-            patterns.append(_pattern(f"`{entry}` in {where.name}'s {key}", chosen))
+            patterns.append(
+                module_pattern(f"`{entry}` in {where.name}'s {name}", chosen)
+            )
     return patterns
 
 
-def _entries(config: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
-    quantization = config.get("quantization_config")
+def _entries(config: Mapping[str, Any], where: Path, key: str) -> list[tuple[str, str]]:
+    quantization = config.get(key)
     if quantization is None:
         return []
     if not isinstance(quantization, dict):
-        raise CheckpointError(f"{where}: quantization_config must be an object")
+        raise CheckpointError(f"{where}: {key} must be an object")
     result = []
-    for key in _LISTS:
-        entries = quantization.get(key)
+    for name in _LISTS:
+        entries = quantization.get(name)
         if entries is None:
             continue
         if not isinstance(entries, list) or not all(
             isinstance(entry, str) for entry in entries
         ):
-            raise CheckpointError(
-                f"{where}: quantization_config.{key} must be a list of strings"
-            )
-        result += [(key, entry) for entry in entries]
+            raise CheckpointError(f"{where}: {key}.{name} must be a list of strings")
+        result += [(name, entry) for entry in entries]
     return result
 
 
@@ -105,7 +110,9 @@ def _compile(entry: str, where: str) -> Callable[[str], bool]:
     return lambda name: components in f".{name}."
 
 
-def _pattern(name: str, modules: frozenset[str]) -> Callable[[str, Any], bool]:
+def module_pattern(name: str, modules: Set[str]) -> Callable[[str, Any], bool]:
+    """Returns a pattern of the parameters of modules, which reports call by a name."""
+
     def is_listed(path: str, leaf: Any) -> bool:
         return path.rpartition("/")[0] in modules
 

@@ -25,9 +25,11 @@ from ..models import ConfigError, Qwen3, Qwen3Config
 from ..nn import prepare
 from .errors import CheckpointError
 from .folder import CheckpointFolder, open_folder
-from .ignore import ignored_modules
+from .formats import MODELOPT_FILE
+from .ignore import ignored_modules, module_pattern
 from .names import NameTable, QWEN3
 from .plan import check_copies, make_plan, Plan
+from .stored import find_weights, Weight
 from .stream import Progress, read_parameters
 
 
@@ -56,6 +58,7 @@ def load(
     only: Patterns = ...,
     activations: Activations = ...,
     on_nonfinite: Literal["raise", "keep"] = ...,
+    requantize: bool = ...,
     progress: Progress | None = ...,
     return_report: Literal[False] = ...,
 ) -> Qwen3: ...
@@ -70,6 +73,7 @@ def load(
     only: Patterns = ...,
     activations: Activations = ...,
     on_nonfinite: Literal["raise", "keep"] = ...,
+    requantize: bool = ...,
     progress: Progress | None = ...,
     return_report: Literal[True],
 ) -> tuple[Qwen3, Report]: ...
@@ -83,6 +87,7 @@ def load(
     only: Patterns = None,
     activations: Activations = "auto",
     on_nonfinite: Literal["raise", "keep"] = "raise",
+    requantize: bool = False,
     progress: Progress | None = None,
     return_report: bool = False,
 ) -> Any:
@@ -94,9 +99,19 @@ def load(
     layer become one stack. Weights that the kernels of this device want laid out are,
     see `prepare`.
 
-    The tensors of the checkpoint and the parameters of the model that `config.json`
-    describes must be the same, neither more nor fewer. Supported are `model_type` qwen3
-    and qwen3_moe, with weights in bfloat16, float16 or float32.
+    Weights may be stored in bfloat16, float16 or float32; in MXFP8 as ModelOpt,
+    compressed-tensors, SGLang (`quant_method` mxfp8) and torchao write it, whose bytes
+    are taken over; and in FP8 with a scale for 128 x 128 elements, whose bytes are
+    taken over too, with the scale repeated, where it is a power of two. Each tensor is
+    looked at by itself. In a checkpoint that has any quantized weight, layers that it
+    stores unquantized stay so, and its lists of such layers are not needed; experts of
+    which some are stored unquantized are all kept in bfloat16. A quantized weight that
+    `dtype`, `skip` or `only` keeps out of MXFP8 is dequantized, which is exact.
+
+    The weights of the checkpoint and the parameters of the model that `config.json`
+    describes must be the same, neither more nor fewer. Experts may be stored one by
+    one, or as one tensor `[e, n, k]` or `[e, k, n]` per layer. Supported are
+    `model_type` qwen3 and qwen3_moe.
 
     Args:
         folder: Folder with `config.json` and `*.safetensors` files.
@@ -106,11 +121,13 @@ def load(
         skip: Patterns of layers to keep in bfloat16, besides `DEFAULT_SKIP` and what
             `quantization_config` in `config.json` lists; see `quantize_model` and
             `ignored_modules`.
-        only: Patterns of the layers to convert. `DEFAULT_SKIP` does not apply then;
-            `skip` and the checkpoint's lists do.
+        only: Patterns of the layers to convert, stored unquantized or not.
+            `DEFAULT_SKIP` does not apply then; `skip` and the checkpoint's lists do.
         activations: See `quantize_model`.
         on_nonfinite: "raise" refuses NaN and infinity in any weight; "keep" converts
-            them as `quantize` says.
+            them as `quantize` says, or as they are stored.
+        requantize: Whether weights in blocks of FP8 whose scales are not powers of two
+            may be rounded a second time. They are refused otherwise.
         progress: Called after every chunk with the bytes read so far, the bytes in all,
             and the name of the tensor.
         return_report: Whether to return a `Report` too, which costs one more pass over
@@ -118,7 +135,7 @@ def load(
 
     Returns:
         The model, or that and a report with one row per parameter. Dtypes and
-        `bytes_before` in it are those on disk.
+        `bytes_before` in it are those on disk; what was taken over has no error.
 
     Raises:
         CheckpointError: If the folder does not hold such a model, whole and intact. All
@@ -129,9 +146,12 @@ def load(
     _check_arguments(dtype, skip, only, on_nonfinite)
     checkpoint = open_folder(folder)
     family = _family(checkpoint)
-    model, report = _abstract_model(checkpoint, family, dtype, skip, only, activations)
+    weights = _weights(checkpoint)
+    model, report = _abstract_model(
+        checkpoint, weights, family, dtype, skip, only, activations
+    )
     leaves = _leaves(model)
-    plan = make_plan(checkpoint, leaves, family.names)
+    plan = make_plan(checkpoint, weights, leaves, family.names, requantize=requantize)
     check_copies(plan)
     pieces: dict[str, list[Piece]] = {}
 
@@ -179,8 +199,15 @@ def _family(checkpoint: CheckpointFolder) -> _Family:
     return _FAMILIES[model_type]
 
 
+def _weights(checkpoint: CheckpointFolder) -> dict[str, Weight]:
+    """Returns the weights of a checkpoint, whose config names a format that is read."""
+    checkpoint.format  # noqa: B018  (raises if it does not)
+    return find_weights(checkpoint)
+
+
 def _abstract_model(
     checkpoint: CheckpointFolder,
+    weights: Mapping[str, Weight],
     family: _Family,
     dtype: LoadDtype,
     skip: Patterns,
@@ -202,11 +229,10 @@ def _abstract_model(
     if dtype != "mxfp8":
         rows = [kept_row(path, x, f"loaded as {dtype}") for path, x in leaves.items()]
         return model, Report(tuple(rows))
-    modules: dict[str, list[str]] = {}
-    for path, leaf in leaves.items():
-        names = family.names.names(path, leaf.shape)
-        modules.setdefault(path.rpartition("/")[0], []).extend(names)
-    listed = ignored_modules(checkpoint.config, checkpoint.config_path, modules)
+    if any(weight.scales is not None for weight in weights.values()):
+        listed = _unquantized(weights, leaves, family.names) if only is None else []
+    else:
+        listed = _listed(checkpoint, leaves, family.names)
     return quantize_model(
         model,
         skip=[*_as_list(skip), *listed],
@@ -214,6 +240,34 @@ def _abstract_model(
         activations=activations,
         return_report=True,
     )
+
+
+def _listed(
+    checkpoint: CheckpointFolder, leaves: Mapping[str, Any], table: NameTable
+) -> list[Callable[[str, Any], bool]]:
+    """Returns patterns of what the checkpoint's own lists keep."""
+    modules: dict[str, list[str]] = {}
+    for path, leaf in leaves.items():
+        names = table.names(path, leaf.shape)
+        modules.setdefault(path.rpartition("/")[0], []).extend(names)
+    listed = ignored_modules(checkpoint.config, checkpoint.config_path, modules)
+    if listed or checkpoint.modelopt is None:
+        return listed
+    path = checkpoint.path / MODELOPT_FILE
+    return ignored_modules(checkpoint.modelopt, path, modules, "quantization")
+
+
+def _unquantized(
+    weights: Mapping[str, Weight], leaves: Mapping[str, Any], table: NameTable
+) -> list[Callable[[str, Any], bool]]:
+    """Returns a pattern of the modules of which some matrix is stored unquantized."""
+    modules = {
+        path.rpartition("/")[0]
+        for path, leaf in leaves.items()
+        for name in (table.names(path, leaf.shape) if len(leaf.shape) > 1 else ())
+        if name in weights and weights[name].scales is None
+    }
+    return [module_pattern("stored unquantized", modules)] if modules else []
 
 
 def _as_list(patterns: Patterns) -> list[str | Callable[[str, Any], bool]]:
@@ -243,14 +297,22 @@ def _finish(
     """Returns the report of the abstract model with what was found on disk."""
     dtypes: dict[str, set[str]] = {}
     num_bytes: dict[str, int] = {}
+    rounded: set[str] = set()  # paths of which a part is not taken over
     for part in plan.parts:
-        info = part.source.info
-        dtypes.setdefault(part.path, set()).add(str(info.dtype))
-        num_bytes[part.path] = num_bytes.get(part.path, 0) + info.nbytes
+        weight = part.weight
+        dtypes.setdefault(part.path, set()).add(str(weight.source.info.dtype))
+        num_bytes[part.path] = num_bytes.get(part.path, 0) + weight.nbytes
+        if not weight.is_mxfp8:
+            rounded.add(part.path)
     return Report(
         tuple(
             dataclasses.replace(
                 row,
+                reason=(
+                    row.reason
+                    if row.action == "kept" or row.path in rounded
+                    else "stored as MXFP8"
+                ),
                 dtype="/".join(sorted(dtypes[row.path])),
                 bytes_before=num_bytes[row.path],
                 statistics=(

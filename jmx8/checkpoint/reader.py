@@ -12,6 +12,7 @@ offsets are relative and which they must cover without overlap or holes.
 import dataclasses
 import math
 import mmap
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +44,7 @@ DTYPES: Mapping[str, np.dtype] = {
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _MAX_SIZE = 2**48  # numpy refuses larger ones, even of empty arrays
+_MAX_AXES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,10 @@ class SafetensorsFile:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         try:
-            size = self.path.stat().st_size
+            status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{self.path}: not a regular file")
+            size = status.st_size
             with self.path.open("rb") as file:
                 header, data_start = _read_header(file, self.path, size)
         except OSError as error:
@@ -145,9 +150,13 @@ class SafetensorsFile:
         """
         info = self.tensors[name]
         rows, columns = info.matrix_shape
+        if not info.nbytes:
+            # Of how many rows, a header may say anything: they take no bytes.
+            yield 0, self.read_rows(name, 0, rows)
+            return
         most = max(1, num_bytes // max(1, columns * info.dtype.itemsize))
         # As equal as can be: every other shape is another compilation for the reader.
-        step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
+        step = math.ceil(rows / math.ceil(rows / most))
         for start in range(0, rows, step):
             yield start, self.read_rows(name, start, min(start + step, rows))
 
@@ -170,17 +179,25 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Any],
             f"{path}: not a safetensors file: {size} bytes, shorter than the length "
             "field that every one starts with"
         )
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
     if length > _MAX_HEADER_BYTES or length > size - 8:
         limit = min(_MAX_HEADER_BYTES, size - 8)
         raise CheckpointError(
             f"{path}: not a safetensors file, or truncated: the header claims {length} "
-            f"bytes where at most {limit} can be"
+            f"bytes where at most {limit} can be{_pickle_hint(start)}"
         )
     data = file.read(length)
     if len(data) != length:
         raise CheckpointError(f"{path}: the file ends inside its header")
     return parse_json_object(data, f"{path}: header"), 8 + length
+
+
+def _pickle_hint(start: bytes) -> str:
+    """Returns a remark on a file that begins as torch.save makes them."""
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return ". It looks like a file of torch.save, which is not read"
+    return ""
 
 
 def _parse_metadata(value: Any, path: Path) -> dict[str, str]:
@@ -238,9 +255,10 @@ def _parse_entry(
         raise CheckpointError(
             f"{where}: unknown dtype {dtype_name!r}; known: {', '.join(DTYPES)}"
         )
-    if not _is_list_of_sizes(shape):
+    if not _is_list_of_sizes(shape) or len(shape) > _MAX_AXES:
         raise CheckpointError(
-            f"{where}: shape must be a list of sizes in [0, 2**48), got {shape!r}"
+            f"{where}: shape must be a list of at most {_MAX_AXES} sizes in "
+            f"[0, 2**48), got {shape!r}"
         )
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
