@@ -23,3 +23,4 @@ from .ops.moe import (
 from .ops.quantize import quantize as quantize
 from .ops.routed_moe import mx_routed_moe_w8a8 as mx_routed_moe_w8a8
 from .ops.routing import route as route
+from .transform import quantized as quantized

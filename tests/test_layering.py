@@ -17,6 +17,7 @@ LAYERS = [
     "kernels",
     "ops",
     "nn",
+    "transform",
     "convert",
     "models",
     "generation",

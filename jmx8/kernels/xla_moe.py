@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from .._device import default_device
 from .._mx_array import dequantize, MXArray
@@ -161,6 +161,43 @@ def moe(
     )
     factors = jnp.ones_like(weights) if apply_router_weight_on_input else weights
     return _combine(out, slot_of_row, factors).astype(dtype)
+
+
+def ragged_dot(
+    x: Float[Array, "m k"],
+    w: MXArray,
+    ids: Int[Array, "m 1"],
+    *,
+    out_dtype: DTypeLike,
+    quantize_activations: bool,
+) -> Float[Array, "m n"]:
+    """Multiplies each row by the weight of its own group, `[n, k]` of `[g, n, k]`.
+
+    Computes only that, like `moe`. Rows whose id is outside `[0, g)` give zeros.
+    """
+    num_groups, n, k = w.shape
+    if x.shape[0] == 0:
+        return jnp.zeros((0, n), out_dtype)
+    tiling = select_tiling(ids.size, num_groups, n * k, default_device().platform)
+    zeros = jnp.broadcast_to(_varying_zero((x, w, ids), jnp.dtype(out_dtype)), (n,))
+    dtype = x.dtype
+    if quantize_activations:
+        x = fake_quantize(x)
+    tile_groups, row_of_slot, slot_of_row = _assign_slots(
+        ids.reshape(-1), num_groups, tiling
+    )
+    chunks = (
+        tile_groups.reshape(-1, tiling.chunk_tiles),
+        row_of_slot.reshape(-1, tiling.chunk_tiles, tiling.tile_rows),
+    )
+
+    def apply(groups, rows):
+        wide = compute_dtype(dtype)
+        return dot_rows(x[rows].astype(wide), _take(w, groups, wide), out_dtype)
+
+    out = _scan_chunks(apply, chunks, lambda groups: groups < num_groups, zeros)
+    ones = jnp.ones(ids.shape, jnp.float32)
+    return _combine(out, slot_of_row, ones).astype(out_dtype)
 
 
 def _scan_chunks(apply, chunks, is_used, zeros):

@@ -1,0 +1,3 @@
+"""Function transformations: running ordinary JAX code on MXFP8 weights."""
+
+from ._quantized import quantized as quantized
