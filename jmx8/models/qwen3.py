@@ -7,6 +7,7 @@ Letters in shapes: b rows of the batch, t tokens of a row, h channels, v vocabul
 """
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,6 +19,7 @@ from ..nn._attention import Attention, KVCache, per_token
 from ..nn._linear import MXLinear
 from ..nn._moe import Experts, SparseMoE
 from ..nn._norm import RMSNorm
+from ..nn._parameters import is_mx, value
 from ..nn._rope import rope_tables
 from .qwen3_config import ACTIVATIONS, Qwen3Config
 
@@ -64,8 +66,13 @@ class MLP(eqx.Module):
 
     def __call__(self, x: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
         """Applies the network to every token of `x`, `[b, t, h]`."""
-        gate = _ACTIVATION_FUNCTIONS[self.activation](per_token(self.gate_proj, x))
-        return per_token(self.down_proj, gate * per_token(self.up_proj, x))
+        return apply_mlp(self, x)
+
+
+def apply_mlp(layer: Any, x: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
+    """Computes what an `MLP` does, with the fields of one."""
+    gate = _ACTIVATION_FUNCTIONS[layer.activation](per_token(layer.gate_proj, x))
+    return per_token(layer.down_proj, gate * per_token(layer.up_proj, x))
 
 
 class DecoderLayer(eqx.Module):
@@ -106,9 +113,14 @@ class DecoderLayer(eqx.Module):
 
     def __call__(self, x, positions, rope, kv=None):
         """Takes and returns what `Attention` does."""
-        out, kv = self.self_attn(self.input_layernorm(x), positions, rope, kv)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        return apply_decoder_layer(self, x, positions, rope, kv)
+
+
+def apply_decoder_layer(layer: Any, x: Float[Array, "b t h"], positions, rope, kv):
+    """Computes what a `DecoderLayer` does, with the fields of one."""
+    out, kv = layer.self_attn(layer.input_layernorm(x), positions, rope, kv)
+    x = x + out
+    return x + layer.mlp(layer.post_attention_layernorm(x)), kv
 
 
 def _init_mlp(
@@ -207,14 +219,7 @@ class Qwen3(eqx.Module):
 
     def init_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Returns an empty cache for `batch_size` rows of up to `capacity` tokens."""
-        return KVCache.empty(
-            self.config.num_hidden_layers,
-            batch_size,
-            capacity,
-            self.config.num_key_value_heads,
-            self.config.head_dim,
-            self.embed_tokens.weight.dtype,
-        )
+        return empty_cache(self, batch_size, capacity)
 
     def __call__(
         self,
@@ -252,36 +257,61 @@ class Qwen3(eqx.Module):
                 token past the end of a row is not written, and the row's further
                 logits are meaningless.
         """
-        batch, time = tokens.shape
-        lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
-        start = jnp.zeros(batch, jnp.int32)
-        if cache is not None:
-            _check_fits(cache, batch, time, lengths)
-            start = cache.lengths
-        positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
-        x = self.embed_tokens.weight[tokens]
-        kvs = []
-        for index, layer in enumerate(self.layers):
-            kv = None if cache is None else (cache.keys[index], cache.values[index])
-            x, kv = layer(x, positions, rope, kv)
-            kvs.append(kv)
-        if cache is not None:
-            keys, values = zip(*kvs, strict=True)
-            cache = KVCache(keys, values, start + lengths.astype(jnp.int32))
-        if last_only:
-            last = lengths[:, None, None] - 1
-            x = jnp.take_along_axis(x, last, axis=1)
-        logits = self._logits(self.norm(x))
-        return logits[:, 0] if last_only else logits, cache
+        return apply_qwen3(self, tokens, cache, lengths=lengths, last_only=last_only)
 
-    def _logits(self, x: Float[Array, "b t h"]) -> Float32[Array, "b t v"]:
-        head = self.lm_head
-        if isinstance(head, MXLinear):
-            return per_token(head, x).astype(jnp.float32)
-        weight = self.embed_tokens.weight if head is None else head.weight
-        # Rounding logits to bfloat16 would make ties of the likeliest tokens.
-        return jnp.einsum("bth,vh->btv", x, weight, preferred_element_type=jnp.float32)
+
+def empty_cache(model: Any, batch_size: int, capacity: int) -> KVCache:
+    """Returns what `Qwen3.init_cache` does, with the fields of a model."""
+    return KVCache.empty(
+        model.config.num_hidden_layers,
+        batch_size,
+        capacity,
+        model.config.num_key_value_heads,
+        model.config.head_dim,
+        value(model.embed_tokens.weight).dtype,
+    )
+
+
+def apply_qwen3(
+    model: Any,
+    tokens: Int[Array, "b t"],
+    cache: KVCache | None = None,
+    *,
+    lengths: Int[Array, "b"] | None = None,
+    last_only: bool = False,
+) -> tuple[Float32[Array, "b *t v"], KVCache | None]:
+    """Computes what a `Qwen3` does, with the fields of one."""
+    batch, time = tokens.shape
+    lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
+    start = jnp.zeros(batch, jnp.int32)
+    if cache is not None:
+        _check_fits(cache, batch, time, lengths)
+        start = cache.lengths
+    positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
+    rope = rope_tables(model.config.rope, model.config.head_dim, positions)
+    x = value(model.embed_tokens.weight)[tokens]
+    kvs = []
+    for index, layer in enumerate(model.layers):
+        kv = None if cache is None else (cache.keys[index], cache.values[index])
+        x, kv = layer(x, positions, rope, kv)
+        kvs.append(kv)
+    if cache is not None:
+        keys, values = zip(*kvs, strict=True)
+        cache = KVCache(keys, values, start + lengths.astype(jnp.int32))
+    if last_only:
+        last = lengths[:, None, None] - 1
+        x = jnp.take_along_axis(x, last, axis=1)
+    logits = _logits(model, model.norm(x))
+    return logits[:, 0] if last_only else logits, cache
+
+
+def _logits(model: Any, x: Float[Array, "b t h"]) -> Float32[Array, "b t v"]:
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    weight = value(head.weight)
+    if is_mx(weight):
+        return per_token(head, x).astype(jnp.float32)
+    # Rounding logits to bfloat16 would make ties of the likeliest tokens.
+    return jnp.einsum("bth,vh->btv", x, weight, preferred_element_type=jnp.float32)
 
 
 def _check_fits(cache: KVCache, batch: int, time: int, lengths: Array) -> None:

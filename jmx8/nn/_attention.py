@@ -4,6 +4,9 @@ Letters in shapes: b rows of the batch, t new tokens, s slots of the cache, n he
 d channels of a head, h channels of the model.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from ._rope import apply_rope
 
 
 def per_token(
-    linear: eqx.nn.Linear | MXLinear, x: Float[Array, "b t k"]
+    linear: Callable[[Array], Array], x: Float[Array, "b t k"]
 ) -> Float[Array, "b t n"]:
     """Applies a layer that takes one vector to every token of `x`, `[b, t, k]`."""
     return jax.vmap(jax.vmap(linear))(x)
@@ -132,18 +135,25 @@ class Attention(eqx.Module):
         Returns:
             Output `[b, t, h]`, and the updated `kv`.
         """
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_norm(heads(per_token(self.q_proj, x))), *rope)
-        k = apply_rope(self.k_norm(heads(per_token(self.k_proj, x))), *rope)
-        v = heads(per_token(self.v_proj, x))
-        mask = None
-        if kv is not None:
-            k, v = kv = _write(kv[0], k, positions), _write(kv[1], v, positions)
-            mask = _causal_mask(positions, k.shape[1])
-        # JAX's own function promotes bfloat16, which fails where promotion is strict.
-        with jax.numpy_dtype_promotion("standard"):
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=kv is None)
-        return per_token(self.o_proj, out.reshape(*out.shape[:2], -1)), kv
+        return apply_attention(self, x, positions, rope, kv)
+
+
+def apply_attention(
+    layer: Any, x: Float[Array, "b t h"], positions: Int[Array, "b t"], rope, kv=None
+):
+    """Computes what an `Attention` does, with the fields of one."""
+    heads = lambda y: y.reshape(*y.shape[:2], -1, layer.head_dim)
+    q = apply_rope(layer.q_norm(heads(per_token(layer.q_proj, x))), *rope)
+    k = apply_rope(layer.k_norm(heads(per_token(layer.k_proj, x))), *rope)
+    v = heads(per_token(layer.v_proj, x))
+    mask = None
+    if kv is not None:
+        k, v = kv = _write(kv[0], k, positions), _write(kv[1], v, positions)
+        mask = _causal_mask(positions, k.shape[1])
+    # JAX's own function promotes bfloat16, which fails where promotion is strict.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=kv is None)
+    return per_token(layer.o_proj, out.reshape(*out.shape[:2], -1)), kv
 
 
 def _write(

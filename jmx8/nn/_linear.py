@@ -1,5 +1,7 @@
 """`MXLinear`: `equinox.nn.Linear` with MXFP8 weights."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from .._types import Activations
 from ..kernels._prepared import PreparedWeights
 from ..ops.matmul import mx_matmul, mx_matmul_w8a8
 from ..ops.quantize import quantize
+from ._parameters import value
 
 
 class MXLinear(eqx.Module):
@@ -55,12 +58,12 @@ class MXLinear(eqx.Module):
     ) -> "MXLinear":
         """Returns the layer that has these parameters, concrete or abstract."""
         layer = object.__new__(cls)
-        for name, value in (
+        for name, field in (
             ("weight", weight),
             ("bias", bias),
             ("activations", activations),
         ):
-            object.__setattr__(layer, name, value)  # modules are frozen
+            object.__setattr__(layer, name, field)  # modules are frozen
         return layer
 
     @classmethod
@@ -83,7 +86,6 @@ class MXLinear(eqx.Module):
     def use_bias(self) -> bool:
         return self.bias is not None
 
-    @jax.named_scope("jmx8.nn.MXLinear")
     def __call__(
         self, x: Float[Array, "*batch k"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch n"]:
@@ -97,10 +99,18 @@ class MXLinear(eqx.Module):
         Returns:
             Array `[..., out_features]` of the dtype of `x`.
         """
-        w8a8 = resolve_activations(self.activations) == "mxfp8"
-        if not w8a8:
-            return mx_matmul(x, self.weight, bias=self.bias)
-        out = mx_matmul_w8a8(x, self.weight)
-        if self.bias is None:
-            return out
-        return out + jnp.broadcast_to(self.bias.astype(out.dtype), out.shape)
+        return apply_mx_linear(self, x)
+
+
+@jax.named_scope("jmx8.nn.MXLinear")
+def apply_mx_linear(
+    layer: Any, x: Float[Array, "*batch k"]
+) -> Float[Array, "*batch n"]:
+    """Computes what an `MXLinear` does, with the fields of one."""
+    weight, bias = value(layer.weight), value(layer.bias)
+    if resolve_activations(layer.activations) != "mxfp8":
+        return mx_matmul(x, weight, bias=bias)
+    out = mx_matmul_w8a8(x, weight)
+    if bias is None:
+        return out
+    return out + jnp.broadcast_to(bias.astype(out.dtype), out.shape)

@@ -1,6 +1,7 @@
 """Mixture-of-experts layers: router, and experts before and after conversion."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from ..kernels.xla_matmul import dot_rows
 from ..ops.moe import Activation, is_gated, mx_moe, mx_moe_w8a8
 from ..ops.quantize import quantize
 from ..ops.routing import route, RoutingMethod
-from ._linear import MXLinear
+from ._parameters import is_mx, value
 
 
 class Experts(eqx.Module):
@@ -71,7 +72,7 @@ class Experts(eqx.Module):
         topk_weights: Float[Array, "*batch k"],
     ) -> Float[Array, "*batch h"]:
         """Applies each token's experts; see `mx_moe`."""
-        return _apply(mx_moe, self, x, topk_ids, topk_weights)
+        return apply_experts(self, x, topk_ids, topk_weights)
 
 
 class MXExperts(eqx.Module):
@@ -118,9 +119,29 @@ class MXExperts(eqx.Module):
         topk_weights: Float[Array, "*batch k"],
     ) -> Float[Array, "*batch h"]:
         """Applies each token's experts; see `mx_moe` and `mx_moe_w8a8`."""
-        w8a8 = resolve_activations(self.activations) == "mxfp8"
-        op = mx_moe_w8a8 if w8a8 else mx_moe
-        return _apply(op, self, x, topk_ids, topk_weights)
+        return apply_experts(self, x, topk_ids, topk_weights)
+
+
+def apply_experts(
+    layer: Any,
+    x: Float[Array, "*batch h"],
+    topk_ids: Int[Array, "*batch k"],
+    topk_weights: Float[Array, "*batch k"],
+) -> Float[Array, "*batch h"]:
+    """Computes what `Experts` or `MXExperts` do, with the fields of one."""
+    w13, w2 = value(layer.w13), value(layer.w2)
+    w8a8 = is_mx(w13) and resolve_activations(layer.activations) == "mxfp8"
+    return (mx_moe_w8a8 if w8a8 else mx_moe)(
+        x,
+        w13,
+        w2,
+        topk_ids,
+        topk_weights,
+        activation=layer.activation,
+        w13_bias=value(layer.w13_bias),
+        w2_bias=value(layer.w2_bias),
+        apply_router_weight_on_input=layer.apply_router_weight_on_input,
+    )
 
 
 class SparseMoE(eqx.Module):
@@ -164,50 +185,42 @@ class SparseMoE(eqx.Module):
         Returns:
             Array `[..., hidden_size]` of the dtype of `x`.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        topk_ids, topk_weights = route(
-            _router_logits(self.gate, tokens),
-            self.method,
-            self.top_k,
-            renormalize=self.renormalize,
-            correction_bias=self.correction_bias,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            scaling_factor=self.scaling_factor,
-        )
-        out = self.experts(tokens, topk_ids, topk_weights)
-        if self.shared_expert is not None:
-            shared = jax.vmap(self.shared_expert)(tokens)
-            if self.shared_expert_gate is not None:
-                shared = shared * jax.nn.sigmoid(
-                    jax.vmap(self.shared_expert_gate)(tokens)
-                )
-            out = out + shared
-        return out.reshape(x.shape)
+        return apply_sparse_moe(self, x)
+
+
+def apply_sparse_moe(
+    layer: Any, x: Float[Array, "*batch h"]
+) -> Float[Array, "*batch h"]:
+    """Computes what a `SparseMoE` does, with the fields of one."""
+    tokens = x.reshape(-1, x.shape[-1])
+    topk_ids, topk_weights = route(
+        _router_logits(layer.gate, tokens),
+        layer.method,
+        layer.top_k,
+        renormalize=layer.renormalize,
+        correction_bias=value(layer.correction_bias),
+        num_groups=layer.num_groups,
+        topk_groups=layer.topk_groups,
+        scaling_factor=layer.scaling_factor,
+    )
+    out = layer.experts(tokens, topk_ids, topk_weights)
+    if layer.shared_expert is not None:
+        shared = jax.vmap(layer.shared_expert)(tokens)
+        if layer.shared_expert_gate is not None:
+            shared = shared * jax.nn.sigmoid(jax.vmap(layer.shared_expert_gate)(tokens))
+        out = out + shared
+    return out.reshape(x.shape)
 
 
 def _router_logits(gate, tokens):
     """Returns float32 logits: rounding them would change which experts are chosen."""
-    if isinstance(gate, MXLinear):  # converted on request
+    weight, bias = value(gate.weight), value(gate.bias)
+    if is_mx(weight):  # converted on request
         return jax.vmap(gate)(tokens)
-    is_bf16 = tokens.dtype == gate.weight.dtype == jnp.bfloat16
+    is_bf16 = tokens.dtype == weight.dtype == jnp.bfloat16
     dtype = jnp.bfloat16 if is_bf16 else jnp.float32
-    logits = dot_rows(tokens.astype(dtype), gate.weight.astype(dtype), jnp.float32)
-    return logits if gate.bias is None else logits + gate.bias.astype(jnp.float32)[None]
-
-
-def _apply(op, experts, x, topk_ids, topk_weights):
-    return op(
-        x,
-        experts.w13,
-        experts.w2,
-        topk_ids,
-        topk_weights,
-        activation=experts.activation,
-        w13_bias=experts.w13_bias,
-        w2_bias=experts.w2_bias,
-        apply_router_weight_on_input=experts.apply_router_weight_on_input,
-    )
+    logits = dot_rows(tokens.astype(dtype), weight.astype(dtype), jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)[None]
 
 
 def _uniform(key, shape, dtype):

@@ -1,9 +1,13 @@
 """Root-mean-square normalization."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
+
+from ._parameters import value
 
 
 class RMSNorm(eqx.Module):
@@ -27,7 +31,12 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch h"]) -> Float[Array, "*batch h"]:
         """Normalizes each vector along the last axis of `x`, which is `[..., h]`."""
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return normed * self.weight.reshape((1,) * (x.ndim - 1) + (-1,))
+        return apply_rms_norm(self, x)
+
+
+def apply_rms_norm(layer: Any, x: Float[Array, "*batch h"]) -> Float[Array, "*batch h"]:
+    """Computes what an `RMSNorm` does, with the fields of one."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = (x32 * jax.lax.rsqrt(mean_square + layer.eps)).astype(x.dtype)
+    return normed * value(layer.weight).reshape((1,) * (x.ndim - 1) + (-1,))
