@@ -132,7 +132,10 @@ class SafetensorsFile:
             return np.empty((stop - start, columns), info.dtype)
         # Pages of its own, which go back to the system as soon as the array is freed;
         # the C library would keep them for later. JAX takes aligned memory as it is.
-        pages = mmap.mmap(-1, num_bytes)
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # A fault for each 4 KiB would take longer than reading them.
+            pages.madvise(mmap.MADV_HUGEPAGE)
         with self.path.open("rb", buffering=0) as file:
             file.seek(info.offset + start * row_bytes)
             _read_exactly(file, memoryview(pages), self.path, name)
