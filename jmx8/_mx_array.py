@@ -135,6 +135,15 @@ class MXArray(eqx.Module):
             return _matmul(x, self)
         return jnp.matrix_transpose(_matmul(jnp.matrix_transpose(x), self))
 
+    def __getitem__(self, key: Any) -> "MXArray":
+        """`w[...]`, the whole array; anything else is refused."""
+        if key is not Ellipsis:
+            raise TypeError(
+                f"{self} can be indexed with `...` only, got {key!r}. Index the result "
+                "of `jmx8.dequantize`, or before quantizing."
+            )
+        return self
+
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
             f"{self} is not converted to an ordinary array implicitly. Use "

@@ -10,20 +10,25 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from .._kernel_axes import KernelAxes
 from .._mx_array import BLOCK_SIZE, MXArray
 from ..ops.quantize import quantize
 from .report import measure, ReportRow
 
 
+# What is contracted: the axis -1 or -2, or several, which are flattened to -2.
+Axis = int | KernelAxes
+
+
 def convert_leaf(
-    path: str, x: Any, axis: int = -1, *, reason: str = "", with_stats: bool = False
+    path: str, x: Any, axis: Axis = -1, *, reason: str = "", with_stats: bool = False
 ) -> tuple[MXArray, ReportRow]:
     """Quantizes one tensor and describes what happened.
 
     Args:
         path: Its path, for the row.
         x: `jax.Array`, numpy array, `ShapeDtypeStruct` or tracer of a float dtype.
-        axis: The contracted axis, -1 or -2.
+        axis: The contracted axis, -1 or -2, or axes.
         reason: How the axis is known, for the row.
         with_stats: Whether to compute the row's statistics, which reads `x` once
             more. They stay None for an abstract or traced `x`.
@@ -40,10 +45,10 @@ def convert_leaf(
         dtype=str(x.dtype),
         action="converted",
         reason=reason,
-        axis=axis,
+        axis=axis if isinstance(axis, int) else -2,
         bytes_before=_num_bytes(x),
         bytes_after=w.nbytes,
-        statistics=measure(on_device, w) if measured else None,
+        statistics=measure(_flat(on_device, axis), w) if measured else None,
     )
     return w, row
 
@@ -55,15 +60,16 @@ def kept_row(path: str, x: Any, reason: str) -> ReportRow:
     return ReportRow(path, shape, dtype, "kept", reason, None, size, size)
 
 
-def quantize_leaf(x: Any, axis: int = -1) -> MXArray:
+def quantize_leaf(x: Any, axis: Axis = -1) -> MXArray:
     """Quantizes one tensor where it is, with one compilation per shape and dtype.
 
     A `NamedSharding` is kept: elements and scales have the spec of `x`, with the last
-    two entries exchanged for axis -2. Every device quantizes what it holds.
+    two entries exchanged for axis -2, and those of `KernelAxes.stored` for axes. Every
+    device quantizes what it holds.
 
     Args:
         x: `jax.Array`, numpy array, `ShapeDtypeStruct` or tracer of a float dtype.
-        axis: The contracted axis, -1 or -2.
+        axis: The contracted axis, -1 or -2, or axes.
 
     Returns:
         The quantized tensor; of `ShapeDtypeStruct`s if `x` is one.
@@ -72,7 +78,7 @@ def quantize_leaf(x: Any, axis: int = -1) -> MXArray:
         ValueError: If `sharding_problem` finds one.
     """
     if isinstance(x, Tracer):
-        return quantize(x, axis=axis)
+        return _quantize(x, axis)
     problem = sharding_problem(x, axis)
     if problem:
         raise ValueError(f"quantize_leaf: {problem}")
@@ -81,10 +87,27 @@ def quantize_leaf(x: Any, axis: int = -1) -> MXArray:
     sharding: Any = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding):
         return _sharded_quantize(sharding.mesh, _spec(sharding, x.ndim), axis)(x)
-    return _jitted_quantize(jnp.asarray(x), axis=axis)
+    return _jitted_quantize(jnp.asarray(x), axis)
 
 
-def sharding_problem(x: Any, axis: int) -> str:
+def _quantize(x: Array, axis: Axis) -> MXArray:
+    if isinstance(axis, KernelAxes):
+        return quantize(axis.flatten(x), axis=-2)
+    return quantize(x, axis=axis)
+
+
+def _flat(x: Array, axis: Axis) -> Array:
+    """Returns a concrete array in the shape that it is quantized in."""
+    if isinstance(axis, int):
+        return x
+    if isinstance(x.sharding, NamedSharding):
+        spec = _spec(x.sharding, x.ndim)
+        out = _swap(_stored(spec, axis))
+        return _shard_map(axis.flatten, x.sharding.mesh, spec, out)(x)
+    return _jitted_flatten(x, axis)
+
+
+def sharding_problem(x: Any, axis: Axis) -> str:
     """Returns why `x` cannot be quantized as it is sharded; "" if it can."""
     sharding = getattr(x, "sharding", None)
     if isinstance(x, Tracer) or sharding is None:
@@ -93,8 +116,20 @@ def sharding_problem(x: Any, axis: int) -> str:
         if len(sharding.device_set) == 1:
             return ""
         return f"is on several devices by {sharding}. Use a NamedSharding."
-    k = x.shape[axis]
-    part = sharding.shard_shape(tuple(x.shape))[axis]
+    shape = tuple(x.shape)
+    local = sharding.shard_shape(shape)
+    if isinstance(axis, KernelAxes):
+        axes = axis.normalize(len(shape))
+        for group in (axes.contracted, axes.free(len(shape))):
+            split = [i for i in group[1:] if local[i] != shape[i]]
+            if split:
+                return (
+                    f"has its axis {split[0]} split, which is flattened behind another "
+                    f"as {axis} says. Split axis {group[0]} instead."
+                )
+        k, part = axis.flat_shape(shape)[-2], axis.flat_shape(local)[-2]
+    else:
+        k, part = shape[axis], local[axis]
     if part != k and part % BLOCK_SIZE != 0:
         return (
             f"has its contracted axis of {k} split into shards of {part}, which is "
@@ -149,26 +184,29 @@ def _nonfinite(x: Array) -> tuple[Array, Array]:
     return jnp.sum(jnp.isnan(x)), jnp.sum(jnp.isinf(x))
 
 
-_jitted_quantize = jax.jit(quantize, static_argnames="axis")
+_jitted_quantize = jax.jit(_quantize, static_argnames="axis")
+_jitted_flatten = jax.jit(lambda x, axis: axis.flatten(x), static_argnums=1)
 
 
 @functools.cache
-def _sharded_quantize(mesh: Any, spec: PartitionSpec, axis: int) -> Any:
+def _sharded_quantize(mesh: Any, spec: PartitionSpec, axis: Axis) -> Any:
+    quantize_shard = functools.partial(_quantize, axis=axis)
+    return _shard_map(quantize_shard, mesh, spec, _stored(spec, axis))
+
+
+def _shard_map(function: Any, mesh: Any, spec: PartitionSpec, out: PartitionSpec):
     # shard_map states what the compiler could only be trusted to find: no block
     # crosses a shard, so nothing is communicated.
-    quantize_shard = functools.partial(quantize, axis=axis)
-    out = _swap(spec) if axis == -2 else spec
-    return jax.jit(
-        jax.shard_map(quantize_shard, mesh=mesh, in_specs=spec, out_specs=out)
-    )
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out))
 
 
-def _abstract(x: jax.ShapeDtypeStruct, axis: int) -> MXArray:
+def _abstract(x: jax.ShapeDtypeStruct, axis: Axis) -> MXArray:
     plain = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    w = jax.eval_shape(functools.partial(quantize, axis=axis), plain)
+    w = jax.eval_shape(functools.partial(_quantize, axis=axis), plain)
     sharding = x.sharding
-    if isinstance(sharding, NamedSharding) and axis == -2:
-        sharding = NamedSharding(sharding.mesh, _swap(_spec(sharding, len(x.shape))))
+    if isinstance(sharding, NamedSharding):
+        spec = _spec(sharding, len(x.shape))
+        sharding = NamedSharding(sharding.mesh, _stored(spec, axis))
     return jax.tree.map(
         lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding), w
     )
@@ -178,6 +216,13 @@ def _spec(sharding: NamedSharding, ndim: int) -> PartitionSpec:
     """Returns the spec with an entry for every axis."""
     entries = tuple(sharding.spec)
     return PartitionSpec(*entries, *[None] * (ndim - len(entries)))
+
+
+def _stored(spec: PartitionSpec, axis: Axis) -> PartitionSpec:
+    """Returns the spec of elements and scales."""
+    if isinstance(axis, KernelAxes):
+        return PartitionSpec(*axis.stored(tuple(spec)))
+    return _swap(spec) if axis == -2 else spec
 
 
 def _swap(spec: PartitionSpec) -> PartitionSpec:

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._kernel_axes import KernelAxes
 from .._mx_array import MXArray
+from .._unpacked import Known
 from ..nn import Experts
 from ._patterns import (
     compile_patterns,
@@ -22,13 +24,16 @@ from ._patterns import (
 from ._walk import Leaf
 
 
-# The contracted axis of a leaf: for all of them, by pattern, or by function, which
-# returns None for a leaf whose axis is to be inferred.
+# The contracted axis of a leaf, or axes, as a tuple if it has no batch axes.
+Axes = int | tuple[int, ...] | KernelAxes
+
+# For all leaves, by pattern, or by function, which returns None for a leaf whose axis
+# is to be inferred.
 Contract = (
-    int
-    | Mapping[str, int]
-    | Mapping[Pattern, int]
-    | Callable[[str, Any], int | None]
+    Axes
+    | Mapping[str, Axes]
+    | Mapping[Pattern, Axes]
+    | Callable[[str, Any], Axes | None]
     | None
 )
 
@@ -58,6 +63,9 @@ _KEPT_MODULES = (
     eqx.nn.LSTMCell,
 )
 
+# The kernels of Flax's attention: [embed, heads, head_dim] and back.
+_ATTENTION = {"query": (0,), "key": (0,), "value": (0,), "out": (0, 1)}
+
 # Layers of this name are `[n, k]` in some models and GPT-2's `[k, n]` in others.
 _EITHER_WAY = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 
@@ -72,13 +80,13 @@ class Decision:
 
     Attributes:
         leaf: The leaf.
-        axis: The axis to quantize along, -1 or -2. None if the leaf is kept.
+        axis: The axis to quantize along, -1 or -2, or axes. None if the leaf is kept.
         reason: Why it is kept, or how the axis is known.
         problem: What is wrong with the request for this leaf, if anything.
     """
 
     leaf: Leaf
-    axis: int | None
+    axis: int | KernelAxes | None
     reason: str
     problem: str = ""
 
@@ -93,21 +101,26 @@ class Rules:
         contract: Patterns with the axis of what they match, or a function.
         layers_only: Whether only weights of modules count for which there is an MXFP8
             module.
+        known: By path, what the layer that has a leaf says: the axes and the layer's
+            name, or why the leaf is kept.
     """
 
     skip: tuple[PathPattern, ...]
     only: tuple[PathPattern, ...] | None
-    contract: tuple[tuple[PathPattern, int], ...] | Callable[[str, Any], Any]
+    contract: tuple[tuple[PathPattern, Axes], ...] | Callable[[str, Any], Any]
     layers_only: bool = False
+    known: Known = field(default_factory=dict)
 
     def decide(self, leaf: Leaf) -> Decision:
         """Returns the decision for a leaf that is an array."""
-        reason = reason_to_keep(leaf) or self._reason_not_chosen(leaf)
+        said = self.known.get(leaf.path)
+        reason = said if isinstance(said, str) else ""
+        reason = reason_to_keep(leaf) or reason or self._reason_not_chosen(leaf)
         if not reason and self.layers_only and not is_layer_weight(leaf):
             reason = "not the weight of an eqx.nn.Linear or Experts"
         if reason:
             return Decision(leaf, None, reason)
-        known = _axis_of_layer(leaf)
+        known = _axis_of_layer(leaf, said)
         stated = self._stated_axis(leaf)
         if stated is None:
             axis, reason = known or _axis_of_name(leaf) or (None, "")
@@ -116,13 +129,14 @@ class Rules:
         if axis is None:
             shape = tuple(leaf.value.shape)
             problem = (
-                f"contract gives {stated!r}, not one of the last 2 axes of {shape}."
+                f"contract gives {stated!r}, not one of the last 2 axes of {shape} nor "
+                "a tuple of axes of it."
             )
             return Decision(leaf, None, "", problem)
         if known and known[0] != axis:
             problem = f"contract gives {stated}, but {known[1]} contracts {known[0]}."
             return Decision(leaf, None, "", problem)
-        return Decision(leaf, axis, f"axis {axis} by contract")
+        return Decision(leaf, axis, f"{_words(axis)} by contract")
 
     def _reason_not_chosen(self, leaf: Leaf) -> str:
         found = first_match(self.skip, leaf.path, leaf.value)
@@ -158,7 +172,12 @@ class Rules:
 
 
 def make_rules(
-    skip: Patterns, only: Patterns, contract: Any = None, *, layers_only: bool = False
+    skip: Patterns,
+    only: Patterns,
+    contract: Any = None,
+    *,
+    layers_only: bool = False,
+    known: Known = MappingProxyType({}),
 ) -> Rules:
     """Compiles what the caller passed.
 
@@ -169,13 +188,13 @@ def make_rules(
     idle = DEFAULT_SKIP.values()
     skipped = compile_patterns("skip", skip, may_be_idle=idle)
     chosen = None if only is None else compile_patterns("only", only, may_be_idle=idle)
-    return Rules(skipped, chosen, _compile_contract(contract), layers_only)
+    return Rules(skipped, chosen, _compile_contract(contract), layers_only, known)
 
 
 def _compile_contract(contract: Any) -> Any:
     if contract is None:
         return ()
-    if isinstance(contract, int) and not isinstance(contract, bool):
+    if isinstance(contract, int | tuple | KernelAxes) and contract is not True:
         return lambda path, leaf: contract
     if isinstance(contract, Mapping):
         return tuple(
@@ -222,7 +241,10 @@ def reason_to_keep(leaf: Leaf) -> str:
     return ""
 
 
-def _axis_of_layer(leaf: Leaf) -> tuple[int, str] | None:
+def _axis_of_layer(leaf: Leaf, said: Any) -> tuple[Any, str] | None:
+    if said is not None:
+        axes, layer = said
+        return _normalize(axes, len(leaf.value.shape)), layer
     if isinstance(leaf.owner, eqx.nn.Linear) and leaf.field == "weight":
         return -1, "eqx.nn.Linear"
     if isinstance(leaf.owner, Experts) and leaf.field in ("w13", "w2"):
@@ -230,7 +252,14 @@ def _axis_of_layer(leaf: Leaf) -> tuple[int, str] | None:
     return None
 
 
-def _axis_of_name(leaf: Leaf) -> tuple[int, str] | None:
+def _words(axis: Any) -> str:
+    if not isinstance(axis, KernelAxes):
+        return f"axis {axis}"
+    batch = f" for each index of {axis.batch}" if axis.batch else ""
+    return f"axes {axis.contracted}{batch}"
+
+
+def _axis_of_name(leaf: Leaf) -> tuple[Any, str] | None:
     """Returns the axis where name and number of axes leave no doubt."""
     components = re.split("[/.]", leaf.path)
     # Flax boxes its parameters: `kernel/value`.
@@ -240,6 +269,8 @@ def _axis_of_name(leaf: Leaf) -> tuple[int, str] | None:
     axes = len(leaf.value.shape)
     if name == "kernel" and axes == 2:
         return -2, "name `kernel`"
+    if name == "kernel" and axes == 3 and modules and modules[-1] in _ATTENTION:
+        return KernelAxes(_ATTENTION[modules[-1]]), f"name `{modules[-1]}/kernel`"
     if name == "weight" and axes == 2 and not _EITHER_WAY.intersection(modules):
         return -1, "name `weight`"
     if name == "weight" and axes == 3 and "experts" in modules:
@@ -249,8 +280,17 @@ def _axis_of_name(leaf: Leaf) -> tuple[int, str] | None:
     return None
 
 
-def _normalize(axis: Any, ndim: int) -> int | None:
-    """Returns -1 or -2, or None if `axis` is neither of the last two."""
+def _normalize(axis: Any, ndim: int) -> int | KernelAxes | None:
+    """Returns -1, -2, axes that have to be flattened, or None if none of these."""
+    if isinstance(axis, tuple):
+        axis = KernelAxes(axis)
+    if isinstance(axis, KernelAxes):
+        try:
+            axis = axis.normalize(ndim)
+        except ValueError:
+            return None
+        plain = KernelAxes((ndim - 2,), tuple(range(ndim - 2)))
+        return -2 if axis == plain else axis
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         return None
     axis = int(axis)

@@ -1,10 +1,13 @@
 """Conversion of a pytree's weights to MXFP8."""
 
 import dataclasses
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
+from .._kernel_axes import KernelAxes
+from .._unpacked import Unpacked
 from ._leaf import (
     buffers,
     convert_leaf,
@@ -68,19 +71,24 @@ def quantize_params(
     converted once.
 
     Args:
-        tree: Any pytree: dicts, lists, Equinox modules, Flax variables. Leaves are jax
-            or numpy arrays, `ShapeDtypeStruct`s, which give `MXArray`s of
-            `ShapeDtypeStruct`s, or tracers. A `NamedSharding` is kept.
+        tree: Any pytree: dicts, lists, Equinox modules, Flax variables, `nnx.State`, or
+            an `nnx.Module`, of which a new one is returned. Leaves are jax or numpy
+            arrays, `ShapeDtypeStruct`s, which give `MXArray`s of `ShapeDtypeStruct`s,
+            or tracers. A `NamedSharding` is kept; so are the sharding names of Flax,
+            in the order of the axes of the stored elements.
         skip: Patterns of leaves to keep, besides `DEFAULT_SKIP`: embeddings, norms,
             biases, routers and `lm_head`, by name.
         only: Patterns of the leaves to convert. `DEFAULT_SKIP` does not apply then;
             `skip` does.
         contract: The axis that a matmul contracts: -1 for weights `[..., n, k]`, -2 for
-            `[..., k, n]`. One axis for every leaf, a mapping of patterns to axes of
-            which the first match counts, or a function of path and leaf. None, no
-            match, or a function's None: inferred, which takes an `eqx.nn.Linear` or
-            `jmx8.nn.Experts`, a 2-D `kernel` (-2) or `weight` (-1), or a 3-D `w13`,
-            `w2` or `experts/.../weight` (-1).
+            `[..., k, n]`. A tuple of axes, or `KernelAxes` if some are batch axes, for
+            a kernel with several of a kind, `[heads, head_dim, embed]`: the `MXArray`
+            is that of the kernel flattened to `[*batch, k, n]`. One for every leaf, a
+            mapping of patterns to them of which the first match counts, or a function
+            of path and leaf. None, no match, or a function's None: inferred, which
+            takes the layers of an `nnx.Module`, an `eqx.nn.Linear` or
+            `jmx8.nn.Experts`, a 2-D `kernel` (-2) or `weight` (-1), a 3-D `w13`, `w2`
+            or `experts/.../weight` (-1), or a 3-D `kernel` of Flax's attention.
         on_nonfinite: "raise" refuses NaN and infinity in what is to be converted;
             "keep" quantizes them as `quantize` says. Abstract and traced leaves have
             no values to check.
@@ -98,16 +106,28 @@ def quantize_params(
             finite. Every leaf concerned is listed, and nothing is converted.
         TypeError: If a pattern or `contract` is of the wrong type.
     """
-    rules = make_rules(skip, only, contract)
+    unpacked = _unpack(tree)
+    rules = make_rules(skip, only, contract, known=unpacked.known)
     new_tree, report = convert_tree(
         "quantize_params",
-        tree,
+        unpacked.tree,
         rules,
         on_nonfinite=on_nonfinite,
         donate=donate,
         with_stats=return_report,
+        repack=unpacked.repack,
     )
     return (new_tree, report) if return_report else new_tree
+
+
+def _unpack(tree: Any) -> Unpacked:
+    """Takes a tree of Flax apart; a plain one stays as it is."""
+    # Whoever has variables of Flax, or a model to run them, has imported it.
+    if "flax" not in sys.modules:
+        return Unpacked(tree, {}, lambda plain, axes: plain)
+    from ..flax import unpack
+
+    return unpack(tree)
 
 
 def convert_tree(
@@ -118,8 +138,12 @@ def convert_tree(
     on_nonfinite: str,
     donate: bool,
     with_stats: bool,
+    repack: Callable[[Any, Mapping[str, Any]], Any] = lambda tree, axes: tree,
 ) -> tuple[Any, Report]:
-    """Converts the leaves that `rules` choose; `caller` is named in errors."""
+    """Converts the leaves that `rules` choose; `caller` is named in errors.
+
+    `repack` gets the tree and the axes of what was converted, by path.
+    """
     if on_nonfinite not in ("raise", "keep"):
         raise ValueError(
             f'{caller}: on_nonfinite must be "raise" or "keep", got {on_nonfinite!r}.'
@@ -139,7 +163,8 @@ def convert_tree(
         else:
             value = leaf.value
         values.append(value)
-    return rebuild(tree, values), Report(tuple(rows))
+    axes = {d.leaf.path: d.axis for d in decisions if d.axis is not None}
+    return repack(rebuild(tree, values), axes), Report(tuple(rows))
 
 
 def _check(caller: str, rules: Rules, decisions: list[Decision]) -> None:
@@ -221,7 +246,9 @@ def _convert_all(
     return results
 
 
-def _key(d: Decision) -> tuple[frozenset[Any], tuple[int, ...], str, int | None]:
+def _key(
+    d: Decision,
+) -> tuple[frozenset[Any], tuple[int, ...], str, int | KernelAxes | None]:
     """Returns what is equal for leaves of which one conversion does."""
     x = d.leaf.value
     return buffers(x), tuple(x.shape), str(x.dtype), d.axis
