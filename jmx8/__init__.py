@@ -21,6 +21,10 @@ from .ops.moe import (
     SwiGLUOAI as SwiGLUOAI,
 )
 from .ops.quantize import quantize as quantize
+from .ops.ragged_dot import (
+    mx_ragged_dot as mx_ragged_dot,
+    mx_ragged_dot_w8a8 as mx_ragged_dot_w8a8,
+)
 from .ops.routed_moe import mx_routed_moe_w8a8 as mx_routed_moe_w8a8
 from .ops.routing import route as route
 from .transform import quantized as quantized

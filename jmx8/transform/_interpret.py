@@ -88,7 +88,8 @@ class Interpreter:
             return
         shapes = ", ".join(_describe(value) for value in values)
         where = source_info_util.summarize(eqn.source_info)
-        what = f"quantized: `{eqn.primitive.name}` of ({shapes}) at {where}: {reason}."
+        where = f" at {where}" if where else ""  # Code of JAX itself has no place.
+        what = f"quantized: `{eqn.primitive.name}` of ({shapes}){where}: {reason}."
         if self.fallback == "dequantize":
             warnings.warn(
                 f"{what} Dequantized {', '.join(map(repr, weights))}.", stacklevel=2

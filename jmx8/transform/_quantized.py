@@ -6,6 +6,7 @@ from typing import Any, get_args
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._device import resolve_activations
 from .._mx_array import MXArray
@@ -149,6 +150,12 @@ def _is_dynamic(leaf: Any) -> bool:
 def _abstract(value: Any) -> Any:
     if not isinstance(value, MXView):
         return value
-    # As what it stands for, on the mesh axes that the elements vary over.
-    varying = jax.typeof(value.elements).manual_axis_type
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, manual_axis_type=varying)
+    # As what it stands for, spread over a mesh and inside `shard_map` as the elements.
+    stored = jax.typeof(value.elements)
+    spec = PartitionSpec(*(stored.sharding.spec[axis] for axis in value.axes))
+    return jax.ShapeDtypeStruct(
+        value.shape,
+        value.dtype,
+        sharding=NamedSharding(stored.sharding.mesh, spec),
+        manual_axis_type=stored.manual_axis_type,
+    )

@@ -40,7 +40,7 @@ def _dot_general(interpret, eqn, values):
     (contract_x, contract_w), (batch_x, batch_w) = (
         dims if weight is rhs else ((c[1], c[0]) for c in dims)
     )
-    dtype = eqn.outvars[0].aval.dtype
+    x, dtype = jnp.asarray(x), eqn.outvars[0].aval.dtype
     w, free_w, batch, pairs = _matrix(weight, contract_w, contract_x, batch_w, batch_x)
     free_x = _others(x.ndim, (*contract_x, *batch_x))
     order = (*(b for _, b in batch), *free_x, *(c for _, c in pairs))
@@ -118,9 +118,10 @@ def _ragged_dot(interpret, eqn, values):
     groups = numbers.rhs_group_dimensions
     w, free, _, pairs = _matrix(weight, contract[1], contract[0], groups, groups)
     (row_axis,) = numbers.lhs_ragged_dimensions
-    x = _transpose(x, (row_axis, *(c for _, c in pairs)))
+    x = _transpose(jnp.asarray(x), (row_axis, *(c for _, c in pairs)))
     x = _reshape(x, (x.shape[0], math.prod(x.shape[1:])))
-    out = interpret.ragged_dot(x, w, group_sizes, out_dtype=eqn.outvars[0].aval.dtype)
+    sizes, dtype = jnp.asarray(group_sizes), eqn.outvars[0].aval.dtype
+    out = interpret.ragged_dot(x, w, sizes, out_dtype=dtype)
     out = _reshape(out, (x.shape[0], *(weight.shape[axis] for axis in free)))
     return _transpose(out, (0, *(1 + free.index(axis) for axis in sorted(free))))
 
@@ -196,8 +197,11 @@ def _gather(interpret, eqn, values):
     _check_whole_rows(view, sizes)
     if view.block_axis in dims.start_index_map:
         raise NoRule(f"it picks along axis {view.block_axis}, that of the blocks")
-    if params["fill_value"] is not None:
-        raise NoRule("it fills in a value of its own where an index is out of bounds")
+    fill_value = math.nan if params["fill_value"] is None else params["fill_value"]
+    if not math.isnan(fill_value) and fill_value != 0:
+        raise NoRule(f"it fills in {fill_value} where an index is out of bounds")
+    # Elements of zero with a scale of NaN are NaN.
+    fill_scale = 0xFF if math.isnan(fill_value) else 0
     to_stored = lambda axes: tuple(view.axes[axis] for axis in axes)
     batching = sorted(
         zip(
@@ -227,8 +231,7 @@ def _gather(interpret, eqn, values):
             unique_indices=params["unique_indices"],
             indices_are_sorted=params["indices_are_sorted"],
             mode=params["mode"],
-            # The scale NaN, since out of bounds an ordinary array gives NaN.
-            fill_value=0xFF if unit == BLOCK_SIZE else 0,
+            fill_value=fill_scale if unit == BLOCK_SIZE else 0,
         )
         return jnp.moveaxis(picked, blocks_at, -1)
 
@@ -282,13 +285,14 @@ def _concatenate(interpret, eqn, values):
     return with_parts(first, parts, padding=values[-1].padding)
 
 
-def _elementwise_identity(interpret, eqn, values):
-    """For primitives that return what they get, such as `optimization_barrier`."""
+def _identity(interpret, eqn, values):
+    """For primitives that return what they are given."""
+    return jax.tree.map(lambda a: eqn.primitive.bind(a, **eqn.params), values[0])
+
+
+def _barrier(interpret, eqn, values):
     flat, structure = jax.tree.flatten(values)
-    outs = eqn.primitive.bind(*flat, **eqn.params)
-    outs = outs if eqn.primitive.multiple_results else [outs]
-    outs = jax.tree.unflatten(structure, outs)
-    return outs if eqn.primitive.multiple_results else outs[0]
+    return jax.tree.unflatten(structure, eqn.primitive.bind(*flat))
 
 
 def _stop_gradient(interpret, eqn, values):
@@ -334,7 +338,8 @@ RULES: dict[str, Callable[[Any, Any, list[Any]], Any]] = {
     "concatenate": _concatenate,
     "convert_element_type": _convert,
     "stop_gradient": _stop_gradient,
-    "copy": _elementwise_identity,
-    "copy_p": _elementwise_identity,
-    "optimization_barrier": _elementwise_identity,
+    "copy": _identity,
+    "name": _identity,
+    "pvary": _identity,
+    "optimization_barrier": _barrier,
 }
