@@ -8,6 +8,7 @@ A process of its own, since these packages patch others when they are imported.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,7 +33,7 @@ KEPT = "model.layers.0.mlp.down_proj"  # is left in bfloat16
 def make_model():
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**CONFIG)
-    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = transformers.Qwen3ForCausalLM(config).bfloat16()
     with torch.no_grad():  # blocks of many magnitudes, one of them all zeros
         for x in model.parameters():
             if x.ndim == 2:
@@ -41,7 +42,7 @@ def make_model():
     return model
 
 
-def quantized_layers(model):
+def quantized_layers(model) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -70,6 +71,7 @@ def write_compressed_tensors(folder: Path):
     from compressed_tensors.quantization import (
         apply_quantization_config,
         QuantizationConfig,
+        QuantizationStatus,
     )
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -78,7 +80,7 @@ def write_compressed_tensors(folder: Path):
     config = QuantizationConfig(
         config_groups={"group_0": preset_name_to_scheme("MXFP8", ["Linear"])},
         ignore=["lm_head", KEPT],
-        quantization_status="initialized",
+        quantization_status=QuantizationStatus.INITIALIZED,
         format="mxfp8-quantized",
     )
     apply_quantization_config(model, config)
@@ -90,7 +92,7 @@ def write_compressed_tensors(folder: Path):
     compressor = ModelCompressor(quantization_config=config)
     compressor.compress_model(model)
     model.save_pretrained(folder)
-    compressor.update_config(folder)
+    compressor.update_config(str(folder))
     compressor.decompress_model(model)
     layers = quantized_layers(model)
     return {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}

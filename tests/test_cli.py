@@ -56,17 +56,36 @@ def test_generate_is_reproducible_and_reads_stdin():
     assert succeed("generate", "import os\n", *options[:-1], "4") != text
 
 
-def test_inspect_as_table_and_as_json():
+def test_inspect_tells_what_a_checkpoint_is():
+    lines = succeed("inspect", "--sort", "bytes", "--limit", "2").splitlines()
+    assert "qwen3_moe, format: none" in lines[0] and "parameters" in lines[1]
+    assert lines[-3].split() == ["layer", "parameters", "quantized", "bytes"]
+    facts = json.loads(succeed("inspect", "--json"))
+    assert facts["num_bytes"] == 2 * facts["num_parameters"]
+    assert {kind["stored_as"] for kind in facts["kinds"]} == {"bfloat16"}
+    assert facts["num_files"] == 1 and not facts["problems"]
+
+
+def test_inspect_measures_what_conversion_loses():
     table = succeed("inspect", "--sort", "sqnr", "--limit", "3")
     assert table.splitlines()[0].split()[:3] == ["tensor", "shape", "before"]
     assert "tensors converted to MXFP8" in table
-    facts = json.loads(
-        succeed("inspect", "--json", "--sort", "bytes", "--only", "*mlp*")
-    )
+    options = ("--json", "--measure", "--sort", "bytes", "--only", "*mlp*")
+    facts = json.loads(succeed("inspect", *options))
     sizes = [row["bytes_after"] for row in facts["rows"]]
     assert sizes == sorted(sizes, reverse=True)
     assert {row["action"] for row in facts["rows"]} == {"converted", "kept"}
     assert facts["bytes_after"] < facts["bytes_before"]
+
+
+def test_inspect_compares_two_checkpoints():
+    text = succeed("inspect", "--compare", str(TINY_QWEN3_MOE), "--limit", "1")
+    assert text.splitlines()[1].split()[-2:] == ["equal", "0"]
+    equal, _, total, *_ = text.splitlines()[-1].split()
+    assert equal == total and int(total) > 10
+    facts = json.loads(succeed("inspect", "--compare", str(TINY_QWEN3_MOE), "--json"))
+    assert facts["differing_layers"] == {}
+    assert {row["sqnr_db"] for row in facts["weights"]} == {"inf"}
 
 
 def test_inspect_sorts_by_error():

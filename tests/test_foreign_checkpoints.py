@@ -35,7 +35,7 @@ def written(tmp_path_factory):
 
     @functools.cache
     def write(tool):
-        package = {"compressed-tensors": "compressed_tensors"}.get(tool, tool)
+        package = tool.replace("-", "_")
         pytest.importorskip(package, reason=f"{package} writes this checkpoint")
         folder = tmp_path_factory.mktemp(tool) / "checkpoint"
         result = subprocess.run(

@@ -107,8 +107,8 @@ def test_neither_an_index_nor_the_config_is_needed(tmp_path, plain, num_shards):
 
 def test_the_file_of_modelopt_alone_names_the_format(tmp_path, plain):
     write_folder(tmp_path, MOE, stored(plain[0], MODELOPT))
-    for name, content in MODELOPT.side_file_contents(KEPT).items():
-        (tmp_path / name).write_text(json.dumps(content))
+    ((name, content),) = MODELOPT.side_file_contents(KEPT).items()
+    (tmp_path / name).write_text(json.dumps(content))
     assert open_folder(tmp_path).format is MODELOPT
     assert_same(load(tmp_path), plain[1])
     content["quantization"]["quant_algo"] = "NVFP4"
@@ -369,8 +369,9 @@ def test_other_scales_are_refused_or_rounded_when_asked(tmp_path, value):
 
 
 def test_powers_of_two_are_known_by_their_bits():
-    yes = np.float32([2.0**-127, 2.0**-126, 0.5, 1, 2.0**127])
-    no = np.float32([0, -1, 2.0**-128, 2.0**-149, 3, 1 + 2.0**-23, np.inf, np.nan])
+    yes = np.asarray([2.0**-127, 2.0**-126, 0.5, 1, 2.0**127], np.float32)
+    no = [0, -1, 2.0**-128, 2.0**-149, 3, 1 + 2.0**-23, np.inf, np.nan]
+    no = np.asarray(no, np.float32)
     assert is_power_of_two(yes).all() and not is_power_of_two(no).any()
     assert is_power_of_two(yes.astype(BF16)).all()
 

@@ -90,6 +90,10 @@ class Weight:
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     @property
+    def size(self) -> int:
+        return math.prod(self.source.info.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk, scales included."""
         scales = 0 if self.scales is None else self.scales.info.nbytes

@@ -18,7 +18,14 @@ from ._build_kernels import build_kernels
 from ._console import err, load_tokenizer, loading_bar, out
 from ._demo import run_demo
 from ._doctor import diagnose, format_diagnosis
-from ._inspect import format_report, inspect_folder, sort_report, SortKey
+from ._inspect import (
+    format_report,
+    inspect_folder,
+    print_comparison,
+    print_description,
+    sort_report,
+    SortKey,
+)
 
 
 app = typer.Typer(
@@ -37,6 +44,13 @@ Skip = Annotated[
 ]
 Only = Annotated[
     list[str], typer.Option(help="Convert only layers of this path; repeatable.")
+]
+Requantize = Annotated[
+    bool,
+    typer.Option(
+        "--requantize",
+        help="Round FP8 blocks anew whose scales are not powers of two.",
+    ),
 ]
 
 
@@ -92,6 +106,7 @@ def generate(
     ] = "auto",
     skip: Skip = [],  # noqa: B006  (typer copies it)
     only: Only = [],  # noqa: B006
+    requantize: Requantize = False,
     quiet: Quiet = False,
 ) -> None:
     """Continue a text. Nothing is added to the prompt, no chat template either."""
@@ -102,6 +117,7 @@ def generate(
             dtype=dtype,
             skip=skip or None,
             only=only or None,
+            requantize=requantize,
             progress=advance,
         )
     model = prepare(with_activations(model, activations))
@@ -154,14 +170,33 @@ def inspect(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="Show so many rows.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Convert, and tell what that loses.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to compare with: SQNR, layers that differ."),
+    ] = None,
     skip: Skip = [],  # noqa: B006
     only: Only = [],  # noqa: B006
+    requantize: Requantize = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tell what the conversion does to each tensor: bytes, SQNR, amax, exponents."""
+    """Tell what a checkpoint is: format, sizes, layers. No weight is read for it.
 
-    report = inspect_folder(folder, skip=skip, only=only, quiet=quiet)
+    With --measure, or what needs it (--skip, --only, --sort by sqnr, amax or exponent),
+    all are read and converted, and every tensor is listed with its SQNR.
+    """
+    if compare is not None:
+        print_comparison(folder, compare, limit, as_json, quiet)
+        return
+    if not (measure or skip or only or sort not in ("name", "bytes")):
+        print_description(folder, sort, limit, as_json)
+        return
+    report = inspect_folder(
+        folder, skip=skip, only=only, requantize=requantize, quiet=quiet
+    )
     shown = sort_report(report, sort, limit)
     print(format_report(report, shown, as_json))
 

@@ -132,16 +132,20 @@ class Report:
     def __str__(self) -> str:
         header = ("tensor", "shape", "before", "after", "SQNR dB", "amax", "exponents")
         cells = [(*header, "what")] + [_cells(row) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        left = (0, 1, len(widths) - 1)
-        table = [
-            "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
-        return "\n".join([*table, "", self.summary()])
+        table = format_table(cells, left=(0, 1, len(header)))
+        return "\n".join([table, "", self.summary()])
+
+
+def format_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Returns cells in columns; those of `left` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 class Piece(NamedTuple):
