@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ from ._patterns import (
 from ._walk import Leaf
 
 
-# The contracted axis of a leaf, or axes, as a tuple if it has no batch axes.
-Axes = int | tuple[int, ...] | KernelAxes
+# The contracted axis of a leaf, or axes, as a tuple if it has no batch axes; "keep" for
+# one that no matmul contracts.
+Axes = int | tuple[int, ...] | KernelAxes | Literal["keep"]
 
 # For all leaves, by pattern, or by function, which returns None for a leaf whose axis
 # is to be inferred.
@@ -65,6 +66,9 @@ _KEPT_MODULES = (
 
 # The kernels of Flax's attention: [embed, heads, head_dim] and back.
 _ATTENTION = {"query": (0,), "key": (0,), "value": (0,), "out": (0, 1)}
+
+# Flax's convolutions call themselves `Conv_0`, and others do alike.
+_CONVOLUTION = re.compile(r"(?i)conv[^/.]*[/.]kernel$")
 
 # Layers of this name are `[n, k]` in some models and GPT-2's `[k, n]` in others.
 _EITHER_WAY = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
@@ -122,8 +126,12 @@ class Rules:
             return Decision(leaf, None, reason)
         known = _axis_of_layer(leaf, said)
         stated = self._stated_axis(leaf)
+        if stated == "keep":
+            return Decision(leaf, None, "kept by contract")
         if stated is None:
             axis, reason = known or _axis_of_name(leaf) or (None, "")
+            if axis is None and _CONVOLUTION.search(leaf.path):
+                return Decision(leaf, None, "convolution, by its name")
             return Decision(leaf, axis, reason, "" if axis else AXIS_UNKNOWN)
         axis = _normalize(stated, len(leaf.value.shape))
         if axis is None:

@@ -83,10 +83,11 @@ def quantize_params(
         contract: The axis that a matmul contracts: -1 for weights `[..., n, k]`, -2 for
             `[..., k, n]`. A tuple of axes, or `KernelAxes` if some are batch axes, for
             a kernel with several of a kind, `[heads, head_dim, embed]`: the `MXArray`
-            is that of the kernel flattened to `[*batch, k, n]`. One for every leaf, a
-            mapping of patterns to them of which the first match counts, or a function
-            of path and leaf. None, no match, or a function's None: inferred, which
-            takes the layers of an `nnx.Module`, an `eqx.nn.Linear` or
+            is that of the kernel flattened to `[*batch, k, n]`. "keep" for what is not
+            multiplied. One for every leaf, a mapping of patterns to them of which the
+            first match counts, or a function of path and leaf; `jmx8.flax.contract_of`
+            makes one of a Linen model. None, no match, or a function's None: inferred,
+            which takes the layers of an `nnx.Module`, an `eqx.nn.Linear` or
             `jmx8.nn.Experts`, a 2-D `kernel` (-2) or `weight` (-1), a 3-D `w13`, `w2`
             or `experts/.../weight` (-1), or a 3-D `kernel` of Flax's attention.
         on_nonfinite: "raise" refuses NaN and infinity in what is to be converted;

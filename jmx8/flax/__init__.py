@@ -23,12 +23,16 @@ Why so, and not otherwise:
   It is there for models that multiply by parameters themselves.
 - JAX has no protocol by which an operand chooses what `lax.dot_general` does.
 
+What the parameters of a Linen model do not tell, `contract_of` finds in the model:
+which axes of a kernel with more than two are contracted.
+
 A class that was made of a layer by `nn.remat`, `nn.vmap` or `nn.scan` keeps the
 `__call__` of that time: import this package before.
 """
 
 from .._kernel_axes import KernelAxes as KernelAxes
 from . import _linen, _nnx
+from ._contract import contract_of as contract_of
 from ._tree import unpack as unpack
 
 
