@@ -1,6 +1,11 @@
-"""Loading of Hugging Face checkpoint folders."""
+"""Reading and writing of Hugging Face checkpoint folders."""
 
 from .errors import CheckpointError as CheckpointError
+from .export import (
+    FormatName as FormatName,
+    quantize_checkpoint as quantize_checkpoint,
+    SHARD_BYTES as SHARD_BYTES,
+)
 from .folder import (
     CheckpointFolder as CheckpointFolder,
     open_folder as open_folder,

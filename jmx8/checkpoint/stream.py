@@ -1,8 +1,8 @@
 """Fills parameters from disk, a few rows at a time, converting on the device.
 
 Every parameter is allocated once, in its final size, and rows are written into it in
-place. Beside the parameters there are two chunks of rows at most, whatever the size of
-a tensor or of a stack of experts.
+place. The next rows are read while rows are converted. Beside the parameters there are
+five chunks of rows at most, whatever the size of a tensor or of a stack of experts.
 """
 
 import functools
@@ -19,11 +19,14 @@ from .._mx_array import MXArray, quantize
 from .._numerics import BLOCK_SIZE, dequantize_rows
 from .errors import CheckpointError
 from .plan import CHUNK_BYTES, Part, Plan
+from .prefetch import prefetch
 from .stored import MXRows
 
 
 # The largest code with which no element exceeds float32: 448 * 2**(246 - 127).
 _SAFE_CODE = 246
+
+_DEPTH = 2  # chunks that are read ahead
 
 Progress = Callable[[int, int, str], None]
 OnChunk = Callable[[str, Array, MXArray], None]
@@ -60,7 +63,7 @@ def read_parameters(
     result: dict[str, Any] = {}
     total = plan.num_bytes
     unchecked: tuple[_Chunk, Array] | None = None
-    for chunk in _chunks(plan):
+    for chunk in prefetch(_chunks(plan), _DEPTH):
         path = chunk.part.path
         if path not in targets:
             targets[path] = _Target(leaves[path])

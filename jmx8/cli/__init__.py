@@ -1,4 +1,4 @@
-"""The command line: `jmx8 demo | generate | inspect | doctor | build-kernels`."""
+"""The command line: `jmx8 demo | generate | quantize | inspect | ...`."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .._types import Activations
-from ..checkpoint import load, LoadDtype
+from ..checkpoint import FormatName, load, LoadDtype, quantize_checkpoint, SHARD_BYTES
 from ..data import HELDOUT_TEXT, TINY_QWEN3_MOE
 from ..generation import generate as generate_tokens
 from ..models import Qwen3
@@ -159,6 +159,52 @@ class _TextPrinter:
     def _print(self, text: str) -> None:
         print(text.removeprefix(self._printed), end="", flush=True)
         self._printed = text
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder; only read.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to write; new, or begun by the same command.")
+    ],
+    form: Annotated[
+        FormatName, typer.Option("--format", "-f", help="mxfp8 is that of SGLang.")
+    ] = "modelopt",
+    skip: Skip = [],  # noqa: B006
+    only: Only = [],  # noqa: B006
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Round FP8 anew whose scales are no powers of two."
+        ),
+    ] = False,
+    shard_bytes: Annotated[
+        int, typer.Option(min=1, help="Begin the next file after so many bytes.")
+    ] = SHARD_BYTES,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything again and compare.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint in MXFP8, or in MXFP8 of another format, byte for byte.
+
+    Run the same command again after an interruption: it goes on after the last whole
+    file.
+    """
+    with loading_bar("converting", quiet) as advance:
+        report = quantize_checkpoint(
+            source,
+            folder,
+            format=form,
+            skip=skip or None,
+            only=only or None,
+            requantize=requantize,
+            shard_bytes=shard_bytes,
+            verify=verify,
+            progress=advance,
+        )
+    if not quiet:
+        print(report.summary())
 
 
 @app.command()

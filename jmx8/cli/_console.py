@@ -10,9 +10,12 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
+    TimeRemainingColumn,
 )
+from rich.text import Text
 from tokenizers import Tokenizer
 
 from ..checkpoint import CheckpointError
@@ -23,14 +26,23 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class _SpeedColumn(ProgressColumn):
+    """Bytes per second, lately."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed / 1e9:.2f} GB/s")
+
+
 @contextlib.contextmanager
 def loading_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Shows how far a checkpoint has been read; on a terminal only."""
+    """Shows how far a checkpoint has been read, and how fast; on a terminal only."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
+        _SpeedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("[dim]{task.fields[name]}"),
     )
     hidden = quiet or not err.is_terminal
