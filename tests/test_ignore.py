@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jmx8._mx_array import MXArray
-from jmx8.checkpoint import load, open_folder
+from jmx8.checkpoint import CheckpointError, load, open_folder
 from jmx8.checkpoint.load import _abstract_model, _family, _leaves
 from jmx8.checkpoint.stored import find_weights
 
@@ -101,3 +101,27 @@ def test_the_ignore_list_adds_to_the_arguments(tmp_path):
         converted = ("layers/1/self_attn/v_proj", "layers/1/self_attn/o_proj")
         assert isinstance(leaf, MXArray) == path.startswith(converted)
         assert skipped(report).get(path) == (found[0] if found else None)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(r"re:(\w+\.?)*!", "re:(.*)*x", "re:(a|a)+$", "re:((a+)b?){2,}x"),
+        *("re:" + 7 * ".*" + "x", "re:([a-z]|x){1,99}y", "re:(?:(?:x*))*y"),
+    ],
+)
+def test_expressions_that_take_forever_are_refused(moe_folder, entry):
+    with pytest.raises(CheckpointError, match="could take forever to match"):
+        kept(moe_folder, [entry])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        r"re:.*layers\.\d+\.mlp\.(gate|up)_proj.*",
+        r"re:(?!.*(\+\*)).*\.experts\.[0-9*+]+\.down_proj$",
+        "re:(model.layers.(0|1)).self_attn.[qkv]_proj",
+    ],
+)
+def test_expressions_that_lists_use_are_taken(moe_folder, entry):
+    assert kept(moe_folder, [entry])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .folder import open_folder
+from .folder import CheckpointFolder, open_folder
 from .formats import E8M0_DTYPES
 from .stored import find_weights, Weight
 
@@ -108,7 +108,11 @@ def describe(folder: Path | str) -> Description:
     Raises:
         CheckpointError: If files are missing, malformed or contradictory.
     """
-    checkpoint = open_folder(folder)
+    return describe_open(open_folder(folder))
+
+
+def describe_open(checkpoint: CheckpointFolder) -> Description:
+    """Describes a checkpoint whose headers have been read already."""
     problems: list[str] = []
     form, name = None, "none"
     try:

@@ -13,6 +13,10 @@ from .errors import CheckpointError
 # newer ModelOpt, and by older ModelOpt.
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 
+# How many times a regular expression may repeat something. Names have some 60
+# characters, and to find that none of 60**n ways to share them out matches takes long.
+_MAX_REPEATS = 6
+
 
 def ignored_modules(
     config: Mapping[str, Any],
@@ -48,7 +52,7 @@ def ignored_modules(
 
     Raises:
         CheckpointError: If a list is not one of strings, or a regular expression is
-            malformed.
+            malformed, or so made that matching it may take forever.
     """
     spellings = {path: _spellings(names) for path, names in modules.items()}
     patterns = []
@@ -96,6 +100,12 @@ def _spellings(names: Iterable[str]) -> list[str]:
 
 def _compile(entry: str, where: str) -> Callable[[str], bool]:
     if entry.startswith("re:"):
+        if _may_take_forever(entry):
+            raise CheckpointError(
+                f"{where}: {entry!r} repeats what repeats itself, or more than "
+                f"{_MAX_REPEATS} times, and could take forever to match; list the "
+                "modules in several simpler entries"
+            )
         try:
             expression = re.compile(entry.removeprefix("re:"))
         except re.error as error:
@@ -108,6 +118,29 @@ def _compile(entry: str, where: str) -> Callable[[str], bool]:
         return lambda name: glob.match(name) is not None
     components = f".{entry.strip('.')}."
     return lambda name: components in f".{name}."
+
+
+def _may_take_forever(expression: str) -> bool:
+    """Tells whether a regular expression is one that may backtrack without end.
+
+    That is: a repeated group has a choice or a repetition in it, or there are many
+    repetitions one after the other.
+    """
+    plain = re.sub(r"\\.", "x", expression)  # what is escaped repeats nothing
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
+    open_groups, repeats = [False], 0
+    for i, c in enumerate(plain):
+        if c == "(":
+            open_groups.append(False)
+        elif c == ")" and len(open_groups) > 1:
+            branches = open_groups.pop()
+            if branches and plain[i + 1 : i + 2] in ("*", "+", "{"):
+                return True
+            open_groups[-1] |= branches
+        elif c in "*+{|":
+            open_groups[-1] = True
+            repeats += c != "|"
+    return repeats > _MAX_REPEATS
 
 
 def module_pattern(name: str, modules: Set[str]) -> Callable[[str, Any], bool]:

@@ -94,11 +94,9 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self.path}: not a regular file")
             size = status.st_size
             with self.path.open("rb") as file:
-                header, data_start = _read_header(file, self.path, size)
+                self.metadata, self.tensors = parse(file, self.path, size)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from None
-        self.metadata = _parse_metadata(header.pop("__metadata__", {}), self.path)
-        self.tensors = _parse_tensors(header, self.path, data_start, size)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor as a new array of its own dtype and shape."""
@@ -165,6 +163,19 @@ class SafetensorsFile:
 
     def __repr__(self) -> str:
         return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+
+def parse(
+    file: BinaryIO, path: Path, size: int
+) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Returns the metadata and the tensors of an open file of `size` bytes.
+
+    Raises:
+        CheckpointError: If the header and the file do not fit together.
+    """
+    header, data_start = _read_header(file, path, size)
+    metadata = _parse_metadata(header.pop("__metadata__", {}), path)
+    return metadata, _parse_tensors(header, path, data_start, size)
 
 
 def _read_exactly(file: Any, view: memoryview, path: Path, name: str) -> None:
