@@ -10,12 +10,13 @@ offsets are relative and which they must cover without overlap or holes.
 """
 
 import dataclasses
+import io
 import math
 import mmap
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -166,7 +167,7 @@ class SafetensorsFile:
 
 
 def parse(
-    file: BinaryIO, path: Path, size: int
+    file: io.BufferedIOBase, path: Path, size: int
 ) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """Returns the metadata and the tensors of an open file of `size` bytes.
 
@@ -186,7 +187,9 @@ def _read_exactly(file: Any, view: memoryview, path: Path, name: str) -> None:
         view = view[count:]
 
 
-def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Any], int]:
+def _read_header(
+    file: io.BufferedIOBase, path: Path, size: int
+) -> tuple[dict[str, Any], int]:
     """Returns the parsed header and the offset of the first byte of data."""
     if size < 8:
         raise CheckpointError(
