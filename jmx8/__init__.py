@@ -2,7 +2,12 @@
 
 from . import nn as nn
 from ._mx_array import dequantize as dequantize, MXArray as MXArray
-from .checkpoint import CheckpointError as CheckpointError, load as load
+from .checkpoint import (
+    CheckpointError as CheckpointError,
+    load as load,
+    quantize_checkpoint as quantize_checkpoint,
+    update_weights as update_weights,
+)
 from .convert import (
     DEFAULT_SKIP as DEFAULT_SKIP,
     quantize_model as quantize_model,

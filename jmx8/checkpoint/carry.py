@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .folder import _inside as path_inside
+from .folder import path_inside
 from .formats import Format, MODELOPT_FILE
 from .items import Item
 

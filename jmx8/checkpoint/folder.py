@@ -92,10 +92,10 @@ def open_folder(folder: Path | str) -> CheckpointFolder:
         raise CheckpointError(f"{path}: needs a folder, got a file{_advice([path])}")
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    config = read_json_object(_inside(path, _CONFIG))
+    config = read_json_object(path_inside(path, _CONFIG))
     modelopt = None
     if (path / MODELOPT_FILE).exists():
-        modelopt = read_json_object(_inside(path, MODELOPT_FILE))
+        modelopt = read_json_object(path_inside(path, MODELOPT_FILE))
     if (path / _INDEX).exists():
         sources = _open_indexed(path)
     else:
@@ -103,7 +103,7 @@ def open_folder(folder: Path | str) -> CheckpointFolder:
     return CheckpointFolder(path, config, sources, modelopt)
 
 
-def _inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """Returns the path of a file of the folder, or raises if a link leads out of it."""
     root = os.path.realpath(folder)
     target = Path(os.path.realpath(folder / name))
@@ -178,7 +178,7 @@ def _open_all(path: Path, names: list[str]) -> dict[str, Source]:
     problems: list[str] = []
     for name in names:
         try:
-            file = SafetensorsFile(_inside(path, name))
+            file = SafetensorsFile(path_inside(path, name))
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
@@ -197,7 +197,7 @@ def _open_all(path: Path, names: list[str]) -> dict[str, Source]:
 def _open_indexed(path: Path) -> dict[str, Source]:
     """Returns the tensors of an index and its shards, which must agree both ways."""
     index = path / _INDEX
-    weight_map = read_json_object(_inside(path, _INDEX)).get("weight_map")
+    weight_map = read_json_object(path_inside(path, _INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index}: weight_map must map tensor names to file names"
@@ -212,7 +212,7 @@ def _open_indexed(path: Path) -> dict[str, Source]:
             if not shard.exists():
                 problems.append(f"{shard}: missing shard, named in {index}")
                 continue
-            files[name] = SafetensorsFile(_inside(path, name))
+            files[name] = SafetensorsFile(path_inside(path, name))
         except CheckpointError as error:
             problems.extend(error.problems)
     for tensor, name in weight_map.items():

@@ -121,7 +121,7 @@ def convert(
 def _quantize_rows(
     item: Item, start: int, rows: np.ndarray, check_finite: bool
 ) -> MXRows:
-    if check_finite and not _is_finite(rows):
+    if check_finite and not is_finite(rows):
         values = rows.astype(np.float32)
         nan, inf = np.isnan(values).sum(), np.isinf(values).sum()
         raise CheckpointError(
@@ -135,7 +135,8 @@ def _quantize_rows(
 _quantize = jax.jit(quantize)
 
 
-def _is_finite(rows: np.ndarray) -> bool:
+def is_finite(rows: np.ndarray) -> bool:
+    """Tells whether floats are all finite."""
     # On the bits, in numpy: `isfinite` costs XLA half as much again as quantizing.
     bits = np.dtype(f"u{rows.dtype.itemsize}")
     infinity = np.array(np.inf, rows.dtype).view(bits)
