@@ -105,6 +105,8 @@ def open_folder(folder: Path | str) -> CheckpointFolder:
 
 def path_inside(folder: Path, name: str) -> Path:
     """Returns the path of a file of the folder, or raises if a link leads out of it."""
+    if not os.path.islink(folder / name):
+        return folder / name
     root = os.path.realpath(folder)
     target = Path(os.path.realpath(folder / name))
     parent = Path(root).parent
@@ -235,20 +237,18 @@ def _open_indexed(path: Path) -> dict[str, Source]:
 
 def _misplaced_files(index: Path, weight_map: dict[str, Any]) -> list[str]:
     """Returns a problem per entry that is not the plain name of a file."""
+    names = {name for name in weight_map.values() if isinstance(name, str)}
+    plain = {name for name in names if _is_plain_name(name)}
     return [
         f"{index}: {tensor}: {name!r} is not the plain name of a file in this folder"
         for tensor, name in weight_map.items()
-        if not _is_plain_name(name)
+        if not isinstance(name, str) or name not in plain
     ]
 
 
-def _is_plain_name(name: Any) -> bool:
+def _is_plain_name(name: str) -> bool:
     # Backslashes and colons separate on Windows; a NUL no system can open.
-    if (
-        not isinstance(name, str)
-        or name in ("", ".", "..")
-        or any(c in name for c in "/\\:\0")
-    ):
+    if name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
         return False
     try:
         return len(os.fsencode(name)) <= _MAX_NAME_BYTES

@@ -148,7 +148,7 @@ FP8_BLOCKS = Format(
 # Every suffix that scales may have. That of a stack of experts, whose own name does not
 # end in `.weight`, may say so.
 _SUFFIXES = ("_scale", "_scale_inv")
-_STACK_SUFFIXES = ("_weight_scale", "_weight_scale_inv")
+_STACK_SUFFIXES = (*_SUFFIXES, "_weight_scale", "_weight_scale_inv")
 
 # What follows a module's name in the names of torchao's elements and scales.
 TORCHAO_NAMES = ("._weight_qdata", "._weight_scale")
@@ -166,8 +166,8 @@ WRITABLE: Mapping[str, Format] = {
 
 def scale_names(weight: str) -> list[str]:
     """Returns every name that the scales of a weight may have, in any format."""
-    stack = () if weight.endswith("weight") else _STACK_SUFFIXES
-    return [weight + suffix for suffix in (*_SUFFIXES, *stack)]
+    suffixes = _SUFFIXES if weight.endswith("weight") else _STACK_SUFFIXES
+    return [weight + suffix for suffix in suffixes]
 
 
 def recognize(config: Mapping[str, Any], path: Path) -> Format | None:

@@ -10,6 +10,7 @@ offsets are relative and which they must cover without overlap or holes.
 """
 
 import dataclasses
+import functools
 import io
 import math
 import mmap
@@ -46,6 +47,7 @@ DTYPES: Mapping[str, np.dtype] = {
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _MAX_SIZE = 2**48  # numpy refuses larger ones, even of empty arrays
 _MAX_AXES = 16
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -263,7 +265,7 @@ def _parse_entry(
 ) -> tuple[TensorInfo, int]:
     """Returns one tensor and where its data ends, counted from the file's start."""
     where = f"{path}: {name}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise CheckpointError(
             f"{where}: header must give dtype, shape and data_offsets"
         )
@@ -294,6 +296,9 @@ def _parse_entry(
 
 def _is_list_of_sizes(value: Any) -> bool:
     # bool is an int to isinstance, and `true` is no size.
-    return isinstance(value, list) and all(
-        type(v) is int and 0 <= v < _MAX_SIZE for v in value
-    )
+    if not isinstance(value, list):
+        return False
+    for v in value:
+        if type(v) is not int or not 0 <= v < _MAX_SIZE:
+            return False
+    return True

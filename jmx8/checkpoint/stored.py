@@ -267,8 +267,10 @@ def _pair(
 
 def _is_swizzled(file: SafetensorsFile, name: str) -> bool:
     """Tells what the metadata of a file of torchao says about a tensor."""
+    if name not in file.metadata:
+        return False
     try:
-        fields = json.loads(file.metadata.get(name, "{}"))
+        fields = json.loads(file.metadata[name])
         return bool(fields["_data"]["is_swizzled_scales"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return False  # a file that says nothing is read by its shapes
@@ -286,8 +288,8 @@ def _block(source: Source, scales: Source) -> tuple[int, int]:
     wanted: dict[tuple[int, int], list[int]] = {}
     blocks = (_ROWS, _SQUARE, _COLUMNS) if dtype in E8M0_DTYPES else (_SQUARE,)
     for block in blocks if len(shape) >= 2 else ():
-        counts = (-(-n // b) for n, b in zip(shape[-2:], block, strict=True))
-        wanted[block] = [*shape[:-2], *counts]
+        rows, columns = -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
+        wanted[block] = [*shape[:-2], rows, columns]
         if list(given) == wanted[block]:
             return block
     forms = [f"{b[0]} x {b[1]} need {size}" for b, size in wanted.items()]
