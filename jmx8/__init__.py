@@ -6,6 +6,7 @@ from .checkpoint import (
     CheckpointError as CheckpointError,
     load as load,
     quantize_checkpoint as quantize_checkpoint,
+    save as save,
     update_weights as update_weights,
 )
 from .convert import (

@@ -14,3 +14,4 @@ from .folder import (
 from .load import load as load, LoadDtype as LoadDtype
 from .reader import SafetensorsFile as SafetensorsFile, TensorInfo as TensorInfo
 from .refit import update_weights as update_weights
+from .save import save as save

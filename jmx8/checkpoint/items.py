@@ -1,6 +1,7 @@
 """What is written to a checkpoint: where its rows come from, and what they become."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._mx_array import BLOCK_SIZE, MXArray, quantize
+from ..kernels._prepared import is_prepared
 from .errors import CheckpointError
 from .formats import Format
 from .reader import TensorInfo
@@ -145,34 +147,32 @@ def is_finite(rows: np.ndarray) -> bool:
 
 
 def array_item(label: str, leaf: Any, targets: tuple[Target, ...]) -> Item:
-    """Returns the item of a parameter in memory: an array, or an `MXArray`.
+    """Returns the item of a parameter in memory.
 
     Args:
         label: The parameter, for messages.
-        leaf: Its value, canonical: `[..., n, k]` if it is an `MXArray`.
+        leaf: Its value: an array, an `MXArray` that is not transposed, or what
+            `prepare` made of one of them.
         targets: The weights that it is written as.
     """
-
-    def read(num_bytes: int) -> Iterator[tuple[int, Rows]]:
-        start = 0
-        stacked = len(leaf.shape) > 2
-        for i in range(leaf.shape[0] if stacked else 1):
-            rows = _host_rows(leaf, i if stacked else None)
-            yield start, rows
-            start += len(rows)
-
-    is_mx = isinstance(leaf, MXArray)
+    is_mx = leaf.is_mx if is_prepared(leaf) else isinstance(leaf, MXArray)
     dtype = None if is_mx else np.dtype(leaf.dtype)
+    read = functools.partial(_read_array, leaf)
     return Item(label, targets, dtype, read, leaf.nbytes)
 
 
-def _host_rows(leaf: Any, index: int | None) -> Rows:
-    """Returns a matrix of a stack, or the whole array as a matrix."""
-    take = lambda x: np.asarray(x if index is None else x[index])
-    if isinstance(leaf, MXArray):
-        elements, scales = take(leaf.elements), take(leaf.scales)
-        return MXRows(_matrix(elements), _matrix(scales).view(np.uint8))
-    return _matrix(take(leaf))
+def _read_array(leaf: Any, num_bytes: int) -> Iterator[tuple[int, Rows]]:
+    """Yields a parameter one matrix after the other, whatever `num_bytes` says."""
+    leaf = leaf.canonical() if is_prepared(leaf) else leaf
+    start = 0
+    stacked = len(leaf.shape) > 2
+    for index in range(leaf.shape[0]) if stacked else (...,):
+        part = jax.tree.map(lambda x, i=index: _matrix(np.asarray(x[i])), leaf)
+        if isinstance(part, MXArray):
+            codes = np.asarray(part.scales).view(np.uint8)
+            part = MXRows(np.asarray(part.elements), codes)
+        yield start, part
+        start += len(part)
 
 
 def _matrix(x: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ parameters (`layers/3/mlp/experts/w13`), whatever framework it is written in.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,3 +155,16 @@ QWEN3 = NameTable(
     ),
     tied=(("lm_head.weight", "model.embed_tokens.weight"),),
 )
+
+
+def find_table(shapes: Mapping[str, Sequence[int]]) -> NameTable | None:
+    """Returns the table that has a rule for each of a model's parameters, if one has.
+
+    Args:
+        shapes: Shape of every parameter by path.
+    """
+    for table in (QWEN3,):
+        known = (r.alternatives(p, s) for p, s in shapes.items() for r in table.rules)
+        if shapes and sum(ways is not None for ways in known) == len(shapes):
+            return table
+    return None

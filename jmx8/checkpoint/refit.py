@@ -16,12 +16,10 @@ from .._mx_array import MXArray
 from ..convert._leaf import buffers, count_nonfinite, quantize_leaf
 from ..kernels._prepared import is_prepared, prepare_weights, PreparedWeights
 from .items import is_finite
-from .names import NameTable, QWEN3
+from .names import find_table
 
 
 Model = TypeVar("Model")
-
-_TABLES = (QWEN3,)
 
 
 def update_weights(
@@ -142,7 +140,8 @@ def _slots(
     leaves: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[str, int, tuple[int, ...]]], dict[str, str]]:
     """Returns path, first row and shape by the name of a tensor; and tied names."""
-    table = next((t for t in _TABLES if _fits(t, leaves)), None)
+    arrays = all(map(_is_array, leaves.values()))
+    table = find_table({p: x.shape for p, x in leaves.items()}) if arrays else None
     if table is None:
         return {}, {}
     result = {
@@ -152,18 +151,6 @@ def _slots(
         for slot in way
     }
     return result, {n: o for n, o in table.tied if n not in result and o in result}
-
-
-def _fits(table: NameTable, leaves: Mapping[str, Any]) -> bool:
-    """Tells whether a model is of the table's family."""
-    if not leaves or not all(map(_is_array, leaves.values())):
-        return False
-    try:
-        for path, leaf in leaves.items():
-            table.alternatives(path, leaf.shape)
-    except ValueError:  # it has a parameter that the family does not
-        return False
-    return True
 
 
 def _check(
