@@ -3,7 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, Literal, overload
+from typing import (
+    Any,
+    get_args,
+    Literal,
+    overload,
+    TYPE_CHECKING,
+    TypedDict,
+    Unpack,
+)
 
 import equinox as eqx
 import jax
@@ -33,7 +41,12 @@ from .stored import find_weights, Weight
 from .stream import Progress, read_parameters
 
 
+if TYPE_CHECKING:
+    from ..models import qwen3_nnx
+
+
 LoadDtype = Literal["mxfp8", "bfloat16", "float32"]
+Framework = Literal["equinox", "nnx"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +62,23 @@ _FAMILIES = {
 }
 
 
+class _Options(TypedDict, total=False):
+    dtype: LoadDtype
+    skip: Patterns
+    only: Patterns
+    activations: Activations
+    on_nonfinite: Literal["raise", "keep"]
+    requantize: bool
+    progress: Progress | None
+
+
 @overload
 def load(
     folder: Path | str,
     *,
-    dtype: LoadDtype = ...,
-    skip: Patterns = ...,
-    only: Patterns = ...,
-    activations: Activations = ...,
-    on_nonfinite: Literal["raise", "keep"] = ...,
-    requantize: bool = ...,
-    progress: Progress | None = ...,
+    framework: Literal["equinox"] = ...,
     return_report: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> Qwen3: ...
 
 
@@ -68,20 +86,36 @@ def load(
 def load(
     folder: Path | str,
     *,
-    dtype: LoadDtype = ...,
-    skip: Patterns = ...,
-    only: Patterns = ...,
-    activations: Activations = ...,
-    on_nonfinite: Literal["raise", "keep"] = ...,
-    requantize: bool = ...,
-    progress: Progress | None = ...,
+    framework: Literal["equinox"] = ...,
     return_report: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Qwen3, Report]: ...
+
+
+@overload
+def load(
+    folder: Path | str,
+    *,
+    framework: Literal["nnx"],
+    return_report: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> "qwen3_nnx.Qwen3": ...
+
+
+@overload
+def load(
+    folder: Path | str,
+    *,
+    framework: Literal["nnx"],
+    return_report: Literal[True],
+    **options: Unpack[_Options],
+) -> "tuple[qwen3_nnx.Qwen3, Report]": ...
 
 
 def load(
     folder: Path | str,
     *,
+    framework: Framework = "equinox",
     dtype: LoadDtype = "mxfp8",
     skip: Patterns = None,
     only: Patterns = None,
@@ -115,6 +149,8 @@ def load(
 
     Args:
         folder: Folder with `config.json` and `*.safetensors` files.
+        framework: What the model is made of: Equinox modules, or Flax NNX ones that
+            have the same parameters under the same names, and give the same bits.
         dtype: "mxfp8" converts the weights of linear layers and experts from the dtype
             on disk, and everything else to bfloat16. "bfloat16" and "float32" convert
             everything to that dtype and nothing to MXFP8.
@@ -142,8 +178,10 @@ def load(
             tensors that are missing, unknown, given twice, or of the wrong shape or
             dtype are in one error, and it is raised before any weight is read.
         ValueError: If a pattern matches nothing, or an argument has no such value.
+        ModuleNotFoundError: If `framework` is "nnx" and Flax is not installed.
     """
     _check_arguments(dtype, skip, only, on_nonfinite)
+    to_framework = _to_framework(framework)
     checkpoint = open_folder(folder)
     family = _family(checkpoint)
     weights = _weights(checkpoint)
@@ -168,7 +206,7 @@ def load(
     structure = jax.tree.structure(model, is_leaf=_is_mx_array)
     # No reference is kept: what is laid out anew is freed layer by layer.
     taken = (values.pop(path) for path in leaves)
-    model = prepare(jax.tree.unflatten(structure, taken))
+    model = to_framework(prepare(jax.tree.unflatten(structure, taken)))
     return (model, _finish(report, plan, pieces)) if return_report else model
 
 
@@ -186,6 +224,19 @@ def _check_arguments(dtype: Any, skip: Any, only: Any, on_nonfinite: Any) -> Non
             f"load: skip and only choose what becomes MXFP8, got {dtype=}, which "
             "converts nothing to it. Leave them out."
         )
+
+
+def _to_framework(framework: Any) -> Callable[[Qwen3], Any]:
+    """Returns what makes a model of the framework from one in Equinox."""
+    if framework not in get_args(Framework):
+        raise ValueError(
+            f"load: framework must be one of {get_args(Framework)}, got {framework!r}."
+        )
+    if framework == "equinox":
+        return lambda model: model
+    from ..models import qwen3_nnx  # imports Flax
+
+    return qwen3_nnx.Qwen3
 
 
 def _family(checkpoint: CheckpointFolder) -> _Family:

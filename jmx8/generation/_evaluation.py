@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..models import Qwen3
+from ..models import LanguageModel
 
 
 def perplexity(
-    model: Qwen3,
+    model: LanguageModel,
     tokens: Sequence[int],
     *,
     window: int = 256,
@@ -58,7 +58,9 @@ def perplexity(
 
 
 @eqx.filter_jit
-def _token_losses(model: Qwen3, tokens: Int[Array, "b t"]) -> Float[Array, "b t-1"]:
+def _token_losses(
+    model: LanguageModel, tokens: Int[Array, "b t"]
+) -> Float[Array, "b t-1"]:
     logits, _ = model(tokens)
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
     return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]

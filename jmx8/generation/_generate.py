@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ..models import Qwen3
+from ..models import LanguageModel
 from ..nn._attention import KVCache
 from ._sampling import sample
 
@@ -21,7 +21,7 @@ _MAX_DOUBLED_BUCKET = 256
 
 
 def generate(
-    model: Qwen3,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -159,7 +159,9 @@ def _row_keys(seed: int, num_rows: int) -> Key[Array, "b"]:
     return fold_in(jax.random.key(seed), jnp.arange(num_rows))
 
 
-def _check_prompts(model: Qwen3, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check_prompts(
+    model: LanguageModel, prompts: list[list[int]], max_new_tokens: int
+) -> None:
     if not prompts:
         raise ValueError("generate: there must be at least one prompt, got none.")
     for row, prompt in enumerate(prompts):

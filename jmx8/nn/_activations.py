@@ -1,14 +1,12 @@
 """Changing what converted layers do with their inputs."""
 
-import dataclasses
 from typing import TypeVar
 
 import jax
 
 from .._types import Activations
 from ..kernels._prepared import to_canonical
-from ._linear import MXLinear
-from ._moe import MXExperts
+from ._parameters import is_mx_layer, with_fields
 
 
 Module = TypeVar("Module")
@@ -21,7 +19,7 @@ def with_activations(module: Module, activations: Activations) -> Module:
     laid out by `prepare` for other activations become canonical.
 
     Args:
-        module: Any pytree of Equinox modules.
+        module: Any pytree of Equinox or NNX modules.
         activations: "bf16" (W8A16), "mxfp8" (W8A8) or "auto"; see `MXLinear`.
 
     Returns:
@@ -29,13 +27,8 @@ def with_activations(module: Module, activations: Activations) -> Module:
     """
 
     def change(node):
-        if isinstance(node, MXLinear | MXExperts) and node.activations != activations:
-            node = to_canonical(node)
-        if isinstance(node, MXLinear):
-            return MXLinear.from_weight(node.weight, node.bias, activations=activations)
-        if isinstance(node, MXExperts):
-            return dataclasses.replace(node, activations=activations)
-        return node
+        if not is_mx_layer(node) or node.activations == activations:
+            return node
+        return with_fields(to_canonical(node), activations=activations)
 
-    is_layer = lambda node: isinstance(node, MXLinear | MXExperts)
-    return jax.tree.map(change, module, is_leaf=is_layer)
+    return jax.tree.map(change, module, is_leaf=is_mx_layer)

@@ -1,6 +1,5 @@
 """Laying out the weights of converted layers for the kernels that will run."""
 
-import dataclasses
 from typing import Any, TypeVar
 
 import jax
@@ -12,8 +11,7 @@ from .._types import Implementation
 from ..kernels._prepared import to_canonical
 from ..ops.matmul import prepare_matmul, W8A8_BACKENDS as MATMUL_BACKENDS
 from ..ops.moe import prepare_moe, W8A8_BACKENDS as MOE_BACKENDS
-from ._linear import MXLinear
-from ._moe import MXExperts
+from ._parameters import is_mx_layer, is_mx_linear, value, with_fields
 
 
 Module = TypeVar("Module")
@@ -34,7 +32,7 @@ def prepare(
     what it has.
 
     Args:
-        module: Any pytree of Equinox modules with `MXLinear` and `MXExperts` layers.
+        module: Any pytree of Equinox or NNX modules that has MXFP8 layers.
         dtype: Dtype of the activations that the layers will get.
         implementation: Backend of `mx_matmul_w8a8` or `mx_moe_w8a8` to lay weights out
             for, also such as are laid out already; for layers whose op has no backend
@@ -56,7 +54,7 @@ def prepare(
             f"prepare: unknown implementation {implementation!r}; expected one of "
             f"{sorted({*names})}, or None to choose."
         )
-    nodes, structure = jax.tree.flatten(module, is_leaf=_is_layer)
+    nodes, structure = jax.tree.flatten(module, is_leaf=is_mx_layer)
     del module  # A caller that keeps no reference never holds two copies of a model.
     for i, node in enumerate(nodes):
         nodes[i] = _prepare(node, jnp.dtype(dtype), implementation)
@@ -68,30 +66,23 @@ def canonical(tree: Any) -> Any:
     return to_canonical(tree)
 
 
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, MXLinear | MXExperts)
-
-
 def _prepare(node: Any, dtype: jnp.dtype, implementation: Implementation | None) -> Any:
-    if not _is_layer(node) or node.activations == "bf16":
+    if not is_mx_layer(node) or node.activations == "bf16":
         return node
-    backends = MATMUL_BACKENDS if isinstance(node, MXLinear) else MOE_BACKENDS
+    backends = MATMUL_BACKENDS if is_mx_linear(node) else MOE_BACKENDS
     if implementation not in backends:
         implementation = None
     # Where "auto" means bfloat16, a backend that was asked for tells why it cannot run.
     if implementation is None and resolve_activations(node.activations) != "mxfp8":
         return node
-    if isinstance(node, MXLinear):
-        weight = prepare_matmul(node.weight, dtype, implementation)
-        return MXLinear.from_weight(weight, node.bias, activations=node.activations)
+    if is_mx_linear(node):
+        weight = prepare_matmul(value(node.weight), dtype, implementation)
+        return with_fields(node, weight=weight)
     w13, w2, w13_bias, w2_bias = prepare_moe(
-        node.w13,
-        node.w2,
-        node.w13_bias,
-        node.w2_bias,
+        *(value(getattr(node, name)) for name in ("w13", "w2", "w13_bias", "w2_bias")),
         activation=node.activation,
         apply_router_weight_on_input=node.apply_router_weight_on_input,
         dtype=dtype,
         implementation=implementation,
     )
-    return dataclasses.replace(node, w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias)
+    return with_fields(node, w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias)
