@@ -287,9 +287,10 @@ def _block(source: Source, scales: Source) -> tuple[int, int]:
         )
     wanted: dict[tuple[int, int], list[int]] = {}
     blocks = (_ROWS, _SQUARE, _COLUMNS) if dtype in E8M0_DTYPES else (_SQUARE,)
+    *stack, height, width = (1, 1, *shape)  # a vector fits no block, see below
     for block in blocks if len(shape) >= 2 else ():
-        rows, columns = -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
-        wanted[block] = [*shape[:-2], rows, columns]
+        rows, columns = -(-height // block[0]), -(-width // block[1])
+        wanted[block] = [*stack[2:], rows, columns]
         if list(given) == wanted[block]:
             return block
     forms = [f"{b[0]} x {b[1]} need {size}" for b, size in wanted.items()]
