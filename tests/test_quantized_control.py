@@ -15,6 +15,7 @@ from jmx8 import dequantize, mx_matmul, mx_matmul_w8a8, quantize, quantized
 from jmx8.ops.ragged_dot import mx_ragged_dot
 
 from .convert_helpers import assert_same_bytes, normal
+from .jaxprs import largest_float
 
 
 X = normal(0, (5, 64))
@@ -177,30 +178,6 @@ def test_what_is_compiled_for_w8a8_is_that_of_calls_by_hand():
     assert without_names(actual.as_text()) == without_names(expected.as_text())
 
 
-def float_arrays(jaxpr):
-    """Yields the shapes of all float results but those inside ops of jmx8."""
-    for eqn in jaxpr.eqns:
-        # Within these, an op is as somebody who calls it by hand has it.
-        if eqn.primitive.name == "custom_vmap_call":
-            yield from (var.aval.shape for var in eqn.outvars)
-            continue
-        inner = [
-            getattr(value, "jaxpr", value)
-            for param in eqn.params.values()
-            for value in (param if isinstance(param, tuple | list) else (param,))
-            if hasattr(getattr(value, "jaxpr", value), "eqns")
-        ]
-        for sub in inner:
-            yield from float_arrays(sub)
-        if not inner:
-            yield from (
-                var.aval.shape
-                for var in eqn.outvars
-                if jnp.issubdtype(var.aval.dtype, jnp.floating)
-                and jnp.finfo(var.aval.dtype).bits > 8
-            )
-
-
 @pytest.mark.parametrize("name", [*CONTROL, *SAME])
 def test_no_weight_is_widened_outside_an_op(name):
     if name in CONTROL:
@@ -208,15 +185,13 @@ def test_no_weight_is_widened_outside_an_op(name):
         function = make(layer)
     else:
         function, _, x, w = SAME[name]
-    shapes = [*float_arrays(jax.make_jaxpr(quantized(function))(x, w).jaxpr)]
-    assert shapes
-    smallest = 64 * 64  # of one layer; activations are smaller
-    assert max(np.prod(shape, dtype=int) for shape in shapes) < smallest
+    one_layer = 64 * 64  # activations are smaller
+    assert 0 < largest_float(quantized(function), x, w) < one_layer
 
 
 def test_the_search_for_widened_weights_finds_one():
-    jaxpr = jax.make_jaxpr(lambda x, w: x @ dequantize(w, x.dtype))(X, W)
-    assert (64, 64) in [*float_arrays(jaxpr.jaxpr)]
+    function = lambda x, w: x @ dequantize(w, x.dtype)
+    assert largest_float(function, X, W) == 64 * 64
 
 
 def test_vmap_grad_and_eval_shape_work_around_it():
@@ -270,8 +245,7 @@ def test_experts_picked_by_index_stay_mxfp8():
     picked = jax.tree.map(lambda a: a[ids], EXPERTS)
     expected = jax.jit(mx_matmul)(X[:, None], picked)[:, 0]
     assert_same_bytes(out, expected)
-    shapes = [*float_arrays(jax.make_jaxpr(quantized(function))(X, EXPERTS).jaxpr)]
-    assert max(np.prod(shape, dtype=int) for shape in shapes) < 96 * 64
+    assert largest_float(quantized(function), X, EXPERTS) < 96 * 64
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
