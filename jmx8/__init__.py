@@ -1,6 +1,7 @@
 """MXFP8 inference for JAX."""
 
 from . import nn as nn
+from ._kernel_axes import KernelAxes as KernelAxes
 from ._mx_array import dequantize as dequantize, MXArray as MXArray
 from .checkpoint import (
     CheckpointError as CheckpointError,

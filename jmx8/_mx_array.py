@@ -98,6 +98,11 @@ class MXArray(eqx.Module):
         """Bytes in memory: one per element and one per block."""
         return math.prod(self.elements.shape) + math.prod(self.scales.shape)
 
+    def presented(self, values: Array) -> Array:
+        """Returns what the elements stand for, `[..., n, k]` or its transpose, in the
+        shape of this array. The same here; a subclass may have another shape."""
+        return values
+
     @property
     def mT(self) -> "MXArray":
         """The array with its last two axes exchanged; no data moves."""
@@ -234,7 +239,7 @@ def dequantize(w: MXArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
     """
     values = dequantize_rows(w.elements, w.scales)
     values = values[..., : values.shape[-1] - w.padding].astype(dtype)
-    return jnp.matrix_transpose(values) if w.transposed else values
+    return w.presented(jnp.matrix_transpose(values) if w.transposed else values)
 
 
 def _is_abstract(x: Any) -> bool:

@@ -10,10 +10,10 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from .._kernel_axes import KernelAxes
+from .._kernel_axes import as_kernel, KernelAxes, MXKernel
 from .._mx_array import BLOCK_SIZE, MXArray
 from ..ops.quantize import quantize
-from .report import measure, ReportRow
+from .report import measure, ReportRow, Statistics
 
 
 # What is contracted: the axis -1 or -2, or several, which are flattened to -2.
@@ -48,7 +48,7 @@ def convert_leaf(
         axis=axis if isinstance(axis, int) else -2,
         bytes_before=_num_bytes(x),
         bytes_after=w.nbytes,
-        statistics=measure(_flat(on_device, axis), w) if measured else None,
+        statistics=_measure(on_device, w, axis) if measured else None,
     )
     return w, row
 
@@ -78,7 +78,7 @@ def quantize_leaf(x: Any, axis: Axis = -1) -> MXArray:
         ValueError: If `sharding_problem` finds one.
     """
     if isinstance(x, Tracer):
-        return _quantize(x, axis)
+        return _presented(_quantize(x, axis), axis, x.shape)
     problem = sharding_problem(x, axis)
     if problem:
         raise ValueError(f"quantize_leaf: {problem}")
@@ -86,25 +86,32 @@ def quantize_leaf(x: Any, axis: Axis = -1) -> MXArray:
         return _abstract(x, axis)
     sharding: Any = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding):
-        return _sharded_quantize(sharding.mesh, _spec(sharding, x.ndim), axis)(x)
-    return _jitted_quantize(jnp.asarray(x), axis)
+        w = _sharded_quantize(sharding.mesh, _spec(sharding, x.ndim), axis)(x)
+    else:
+        w = _jitted_quantize(jnp.asarray(x), axis)
+    return _presented(w, axis, x.shape)
+
+
+def _presented(w: MXArray, axis: Axis, shape: tuple[int, ...]) -> MXArray:
+    """Returns what `_quantize` made of an array of `shape`, with that shape."""
+    return w if isinstance(axis, int) else as_kernel(w, axis, shape)
 
 
 def _quantize(x: Array, axis: Axis) -> MXArray:
+    """Quantizes an array, flattened if it has several axes of a kind."""
     if isinstance(axis, KernelAxes):
         return quantize(axis.flatten(x), axis=-2)
     return quantize(x, axis=axis)
 
 
-def _flat(x: Array, axis: Axis) -> Array:
-    """Returns a concrete array in the shape that it is quantized in."""
-    if isinstance(axis, int):
-        return x
-    if isinstance(x.sharding, NamedSharding):
-        spec = _spec(x.sharding, x.ndim)
-        out = _swap(_stored(spec, axis))
-        return _shard_map(axis.flatten, x.sharding.mesh, spec, out)(x)
-    return _jitted_flatten(x, axis)
+def _measure(x: Array, w: MXArray, axis: Axis) -> Statistics:
+    if isinstance(axis, int) or not isinstance(x.sharding, NamedSharding):
+        return measure(x, w)
+    # What a device holds of either is the same if both are flattened.
+    spec = _spec(x.sharding, x.ndim)
+    out = _swap(_stored(spec, axis))
+    flat = _shard_map(axis.flatten, x.sharding.mesh, spec, out)(x)
+    return measure(flat, w.flat if isinstance(w, MXKernel) else w)
 
 
 def sharding_problem(x: Any, axis: Axis) -> str:
@@ -185,7 +192,6 @@ def _nonfinite(x: Array) -> tuple[Array, Array]:
 
 
 _jitted_quantize = jax.jit(_quantize, static_argnames="axis")
-_jitted_flatten = jax.jit(lambda x, axis: axis.flatten(x), static_argnums=1)
 
 
 @functools.cache
@@ -202,7 +208,7 @@ def _shard_map(function: Any, mesh: Any, spec: PartitionSpec, out: PartitionSpec
 
 def _abstract(x: jax.ShapeDtypeStruct, axis: Axis) -> MXArray:
     plain = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    w = jax.eval_shape(functools.partial(_quantize, axis=axis), plain)
+    w = jax.eval_shape(functools.partial(quantize_leaf, axis=axis), plain)
     sharding = x.sharding
     if isinstance(sharding, NamedSharding):
         spec = _spec(sharding, len(x.shape))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._kernel_axes import KernelAxes
+from .._kernel_axes import KernelAxes, matmul_axes
 from .._mx_array import MXArray
 from .._unpacked import Known
 from ..nn import Experts
@@ -297,8 +297,7 @@ def _normalize(axis: Any, ndim: int) -> int | KernelAxes | None:
             axis = axis.normalize(ndim)
         except ValueError:
             return None
-        plain = KernelAxes((ndim - 2,), tuple(range(ndim - 2)))
-        return -2 if axis == plain else axis
+        return -2 if axis == matmul_axes(ndim) else axis
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         return None
     axis = int(axis)

@@ -30,7 +30,7 @@ A class that was made of a layer by `nn.remat`, `nn.vmap` or `nn.scan` keeps the
 `__call__` of that time: import this package before.
 """
 
-from .._kernel_axes import KernelAxes as KernelAxes
+from .._kernel_axes import KernelAxes as KernelAxes, MXKernel as MXKernel
 from . import _linen, _nnx
 from ._contract import contract_of as contract_of
 from ._tree import unpack as unpack

@@ -1,6 +1,6 @@
 """Flax trees as plain ones and back, with what layers say about their kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -71,24 +71,29 @@ def _content(leaf: Any) -> Any:
 
 def _box(leaf: Any, value: Any, axes: KernelAxes | int | None) -> Any:
     """Puts a converted value where the original was."""
+    ndim = len(getattr(_content(leaf), "shape", ()))
     if isinstance(leaf, nnx.Variable):
         names = leaf.get_metadata("out_sharding", None)
         if axes is None or not names:
             return leaf.copy(value)
-        return leaf.copy(value, out_sharding=_stored_names(axes, names))
+        return leaf.copy(value, out_sharding=_stored_names(axes, names, ndim))
     if not isinstance(leaf, meta.AxisMetadata):
         return value
     if axes is not None and isinstance(leaf, meta.Partitioned):
-        leaf = leaf.replace(names=_stored_names(axes, leaf.names))
+        leaf = leaf.replace(names=_stored_names(axes, leaf.names, ndim))
     return leaf.replace_boxed(value)
 
 
-def _stored_names(axes: KernelAxes | int, names: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns one name per axis of the elements."""
+def _stored_names(
+    axes: KernelAxes | int, names: Iterable[Any], ndim: int
+) -> tuple[Any, ...]:
+    """Returns one name per axis of the elements, of a kernel of `ndim` axes."""
+    names = tuple(names)
+    names += (None,) * (ndim - len(names))  # Flax does not ask for those at the end
     if isinstance(axes, KernelAxes):
         return axes.stored(names)
     *batch, second_last, last = names
-    return (*batch, last, second_last) if axes == -2 else tuple(names)
+    return (*batch, last, second_last) if axes == -2 else names
 
 
 def _known(module: Any) -> Known:

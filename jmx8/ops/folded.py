@@ -12,19 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
-from .._kernel_axes import einsum_axes, KernelAxes
+from .._kernel_axes import einsum_axes, kernel_axes, KernelAxes, MXKernel
 from .._mx_array import MXArray
 from .matmul import mx_matmul
 
 
 @dataclass(frozen=True)
 class FoldedKernel:
-    """An MXFP8 kernel `[*batch, k, n]`, presented with the shape that a layer expects.
-
-    Not a pytree: it lives between a layer's parameter and its product only.
+    """An MXFP8 kernel on the way from a layer's parameter to its product.
 
     Attributes:
-        array: The kernel, flattened as `axes` says.
+        array: The kernel, flattened to `[*batch, k, n]`.
         axes: The roles of the axes of `shape`.
         shape: The shape that the layer knows.
         dtype: The dtype that the layer computes in.
@@ -42,18 +40,18 @@ class FoldedKernel:
         """Returns the view of `array` that `layer` needs.
 
         Raises:
-            ValueError: If `array` is not a kernel of `shape`, flattened by `axes`.
+            ValueError: If `array` is not of `shape`, or quantized along other axes.
         """
         shape = tuple(shape)
-        expected = axes.flat_shape(shape)
-        if array.shape != expected or not array.transposed:
+        axes = axes.normalize(len(shape))
+        if array.shape != shape or kernel_axes(array) != axes:
             raise ValueError(
-                f"{layer}: needs its kernel of shape {shape} quantized with axes "
-                f"{axes.contracted} contracted, an MXArray of shape {expected} along "
-                f"axis -2, got {array}. Pass `contract` to `quantize_params`: "
-                f"`{axes}` for this kernel."
+                f"{layer}: needs a kernel of shape {shape} that is quantized along "
+                f"axes {axes.contracted}, got {array}. Pass `contract` to "
+                f"`quantize_params`: `{axes}` for this kernel."
             )
-        return cls(array, axes.normalize(len(shape)), shape, array.dtype)
+        flat = array.flat if isinstance(array, MXKernel) else array
+        return cls(flat, axes, shape, array.dtype)
 
     @property
     def ndim(self) -> int:

@@ -5,7 +5,6 @@ to MXFP8 first. That changes the result, so these are two ops and not two
 implementations of one.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -184,7 +183,7 @@ def _matmul(op, x, w, out_dtype, implementation, bias=None):
     if isinstance(w, MXArray):
         if w.padding:
             x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.padding)])
-        w = dataclasses.replace(w, padding=0, transposed=False)
+        w = MXArray(w.elements, w.scales, dtype=w.dtype)
     # Backends see [*g, m, k] and [*g, n, k] only.
     num_groups = w.ndim - 2
     m = math.prod(x.shape[num_groups:-1])

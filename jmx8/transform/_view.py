@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._kernel_axes import MXKernel
 from .._mx_array import BLOCK_SIZE, dequantize, MXArray
 
 
@@ -67,6 +68,10 @@ class MXView(eqx.Module):
 
 def view_of(w: MXArray) -> MXView:
     """Returns `w` as a view of the shape `w.shape`."""
+    if isinstance(w, MXKernel):
+        order = w.kernel_axes.permutation(w.ndim)
+        moved = reshape(view_of(w.flat), [w.shape[axis] for axis in order])
+        return transpose(moved, [order.index(axis) for axis in range(w.ndim)])
     axes = tuple(range(w.ndim))
     if w.transposed:
         axes = (*axes[:-2], axes[-1], axes[-2])
