@@ -87,7 +87,7 @@ def test_stack_comes_and_goes():
 def test_what_is_not_supported_says_so():
     w = quantized(normal(0, (4, 16, 6)), (0, 1))
     with pytest.raises(TypeError, match=r"`x @ w\.flat`"):
-        normal(1, (3, 64)) @ w
+        _ = normal(1, (3, 64)) @ w
     assert (normal(1, (3, 64)) @ w.flat).shape == (3, 6)
     for spec in ("bk,...k->b", "bk,kk->b", "bk,kn->b"):
         with pytest.raises(ValueError, match="einsum: an MXArray needs an equation"):
@@ -98,5 +98,5 @@ def test_what_is_not_supported_says_so():
     with pytest.raises(ValueError, match="not one of the last 2 axes"):
         quantized(normal(0, (4, 16, 6)), (0, 3))
     with pytest.raises(TypeError, match="can be indexed with"):
-        w[0]
+        _ = w[0]
     assert w[...] is w
