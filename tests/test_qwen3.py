@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmx8 import dequantize, MXArray
-from jmx8.models import Qwen3, Qwen3Config
+from jmx8.models import Qwen3, qwen3_nnx, Qwen3Config
 from jmx8.nn import Experts, MXExperts, MXLinear
 from tests.hf import DENSE, from_hf, hf_logits, MOE, random_hf_model
 
@@ -85,9 +85,14 @@ def _assert_parity(actual, expected):
     assert error <= 1e-4, f"max |Δlogit| is {error:.1e} of the logit range"
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_ragged_prefill_and_cached_decode_match_hugging_face(name):
+@pytest.mark.parametrize(
+    ("name", "framework"),
+    [*((name, "equinox") for name in MODELS), ("dense", "nnx"), ("moe", "nnx")],
+)
+def test_ragged_prefill_and_cached_decode_match_hugging_face(name, framework):
     hf_model, model = _pair(name)
+    if framework == "nnx":
+        model = qwen3_nnx.Qwen3(model)
     texts = _texts()
     expected = [hf_logits(hf_model, text) for text in texts]
     lengths = jnp.array(PROMPT_LENGTHS)

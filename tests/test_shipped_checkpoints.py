@@ -63,13 +63,14 @@ def test_heldout_loss_is_the_one_measured_in_training(kind):
     assert loss < 3.2  # nats per token; ln(2048) = 7.6 without training
 
 
-def test_hugging_face_agrees_on_the_heldout_text(kind):
+@pytest.mark.parametrize("framework", ["equinox", "nnx"])
+def test_hugging_face_agrees_on_the_heldout_text(kind, framework):
     folder = FOLDERS[kind]
     tokens = _heldout_windows(folder, 128)[:2]
     hf: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     with torch.no_grad():
         expected = hf.eval()(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
-    model = load(folder, dtype="float32")
+    model = load(folder, dtype="float32", framework=framework)
     logits = jax.jit(lambda m, t: m(t)[0])(model, jnp.asarray(tokens))
     error = np.max(np.abs(np.asarray(logits) - expected))
     assert error <= 1e-4 * np.ptp(expected)
