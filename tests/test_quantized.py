@@ -177,9 +177,46 @@ PRODUCTS = {
 }
 
 
+def kernel(seed, *shape, contract, dtype=jnp.bfloat16):
+    """A kernel with several axes of a kind, which keeps its shape."""
+    w = {"w": normal(seed, *shape, dtype=dtype)}
+    return jmx8.quantize_params(w, contract={"w": contract}, donate=False)["w"]
+
+
+PRODUCTS |= {
+    "kernel, heads out": (
+        lambda x, w: jnp.einsum("btd,dhk->bhtk", x, w),
+        X,
+        kernel(7, 64, 4, 24, contract=(0,)),
+    ),
+    "kernel, padded": (
+        lambda x, w: jnp.einsum("td,dhk->thk", x, w),
+        normal(5, 7, 40),
+        kernel(7, 40, 4, 24, contract=(0,)),
+    ),
+    "kernel, heads in": (
+        lambda x, w: jnp.einsum("bthk,hkd->btd", x, w),
+        normal(5, 2, 5, 4, 32),
+        kernel(7, 4, 32, 48, contract=(0, 1)),
+    ),
+}
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name):
     function, x, w = PRODUCTS[name]
     assert_as_exact(function, x, w)
     choices = jmx8.explain(quantized(function), x, w).choices
     assert all(choice.op.startswith("mx_matmul") for choice in choices) and choices
+
+
+def test_kernels_whose_blocks_span_heads_are_refused():
+    w = kernel(7, 4, 16, 48, contract=(0, 1))
+    with pytest.raises(NotImplementedError, match=r"argument MXArray.*cut its blocks"):
+        quantized(lambda x, w: jnp.einsum("thk,hkd->td", x, w))(normal(5, 7, 4, 16), w)
+
+
+def test_what_is_not_touched_comes_back_as_it_was():
+    w = kernel(7, 64, 4, 24, contract=(0,))
+    returned, _ = quantized(lambda w, x: (w, x + 1))(w, X)
+    assert returned is w

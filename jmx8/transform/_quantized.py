@@ -92,8 +92,10 @@ class _Quantized(eqx.Module):
             (self.function, args, kwargs), is_leaf=_is_whole
         )
         where = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
-        values = [leaves[i] for i in where]
-        values = [view_of(v) if isinstance(v, MXArray) else v for v in values]
+        given = [leaves[i] for i in where]
+        values = [_present(v) if isinstance(v, MXArray) else v for v in given]
+        # What is returned untouched is returned as it came.
+        untouched = {id(v): w for v, w in zip(values, given, strict=True) if v is not w}
         returned = []
 
         def flat_function(*arrays):
@@ -109,7 +111,10 @@ class _Quantized(eqx.Module):
         out_leaves, out_structure = returned
         return jax.tree.unflatten(
             out_structure,
-            [self._restore(next(outs)) if _is_array(x) else x for x in out_leaves],
+            [
+                _restore(next(outs), untouched) if _is_array(x) else x
+                for x in out_leaves
+            ],
         )
 
     def __get__(self, instance: Any, owner: Any) -> Any:
@@ -122,17 +127,18 @@ class _Quantized(eqx.Module):
         ragged_dot = mx_ragged_dot_w8a8 if w8a8 else mx_ragged_dot
         return Interpreter(matmul, ragged_dot, self.fallback)
 
-    def _restore(self, value: Any) -> Any:
-        if not isinstance(value, MXView):
-            return value
-        if value.is_rows:
-            return widen(value)
-        try:
-            return array_of(value)
-        except NoRule as reason:
-            raise NotImplementedError(
-                f"quantized: returning an array: {reason}."
-            ) from None
+
+def _restore(value: Any, untouched: dict[int, MXArray]) -> Any:
+    if not isinstance(value, MXView):
+        return value
+    if id(value) in untouched:
+        return untouched[id(value)]
+    if value.is_rows:
+        return widen(value)
+    try:
+        return array_of(value)
+    except NoRule as reason:
+        raise NotImplementedError(f"quantized: returning an array: {reason}.") from None
 
 
 def _is_whole(node: Any) -> bool:
@@ -145,6 +151,13 @@ def _is_array(leaf: Any) -> bool:
 
 def _is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, MXArray) or _is_array(leaf)
+
+
+def _present(w: MXArray) -> MXView:
+    try:
+        return view_of(w)
+    except NoRule as reason:
+        raise NotImplementedError(f"quantized: argument {w}: {reason}.") from None
 
 
 def _abstract(value: Any) -> Any:
