@@ -104,6 +104,9 @@ def check_linen():
     whole = jmx8.quantize_params(nn.unbox(variables["params"]), donate=False)
     q = jmx8.quantize_params(variables["params"], donate=False)
     assert q["kernel"].names == ("model", "data")
+    with jax.set_mesh(MESH):
+        traced = jax.make_jaxpr(layer.apply)(variables, x)
+    assert str(traced).count(" sharding_constraint[") == 1  # Flax's own, and no other
     assert nn.get_partition_spec(q)["kernel"] == P("model", "data")
     placed = jax.device_put(q, nn.get_sharding(q, MESH))
     assert specs(placed["kernel"].value.elements) == ("model", "data")

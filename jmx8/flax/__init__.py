@@ -23,6 +23,8 @@ Why so, and not otherwise:
   It is there for models that multiply by parameters themselves.
 - JAX has no protocol by which an operand chooses what `lax.dot_general` does.
 
+The products are W8A16, as those of `x @ w`: activations are not quantized.
+
 What the parameters of a Linen model do not tell, `contract_of` finds in the model:
 which axes of a kernel with more than two are contracted.
 

@@ -12,6 +12,7 @@ from .._kernel_axes import einsum_axes, KernelAxes
 from .._mx_array import MXArray
 from ..ops.folded import dot_general, einsum, FoldedKernel
 from ._stand_in import promote, refuse_custom, StandIn
+from ._tree import content
 
 
 def install() -> None:
@@ -55,8 +56,9 @@ def _stored(layer: Any, name: str) -> MXArray | None:
     """Returns the parameter of a bound layer if it is an MXArray."""
     if not layer.has_variable("params", name):
         return None
-    value = nn.meta.unbox(layer.get_variable("params", name))
-    return value if isinstance(value, MXArray) else None
+    box = layer.get_variable("params", name)
+    # Unboxing constrains the sharding, which is left to Flax for ordinary arrays.
+    return nn.meta.unbox(box) if isinstance(content(box), MXArray) else None
 
 
 def _run_dense(original: Any, layer: Any, kernel: MXArray, *args: Any, **kwargs: Any):

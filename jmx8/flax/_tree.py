@@ -49,7 +49,7 @@ def _unbox(tree: Any, known: Known) -> Unpacked:
             for (path, leaf), value in zip(leaves, values, strict=True)
         )
 
-    plain = structure.unflatten(_content(leaf) for _, leaf in leaves)
+    plain = structure.unflatten(content(leaf) for _, leaf in leaves)
     return Unpacked(plain, known, repack)
 
 
@@ -61,7 +61,8 @@ def _join(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _content(leaf: Any) -> Any:
+def content(leaf: Any) -> Any:
+    """Returns what is in a box, without constraining its sharding."""
     if isinstance(leaf, nnx.Variable):
         return leaf.get_raw_value()
     if isinstance(leaf, meta.Partitioned):
@@ -71,7 +72,7 @@ def _content(leaf: Any) -> Any:
 
 def _box(leaf: Any, value: Any, axes: KernelAxes | int | None) -> Any:
     """Puts a converted value where the original was."""
-    ndim = len(getattr(_content(leaf), "shape", ()))
+    ndim = len(getattr(content(leaf), "shape", ()))
     if isinstance(leaf, nnx.Variable):
         names = leaf.get_metadata("out_sharding", None)
         if axes is None or not names:
