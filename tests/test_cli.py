@@ -53,6 +53,7 @@ def test_generate_is_reproducible_and_reads_stdin():
     text = succeed("generate", "import os\n", *options)
     assert text.strip()
     assert succeed("generate", "-", *options, input="import os\n") == text
+    assert succeed("generate", "import os\n", *options, "--framework", "nnx") == text
     assert succeed("generate", "import os\n", *options[:-1], "4") != text
 
 

@@ -11,7 +11,7 @@ from .folder import (
     open_folder as open_folder,
     Source as Source,
 )
-from .load import load as load, LoadDtype as LoadDtype
+from .load import Framework as Framework, load as load, LoadDtype as LoadDtype
 from .reader import SafetensorsFile as SafetensorsFile, TensorInfo as TensorInfo
 from .refit import update_weights as update_weights
 from .save import save as save

@@ -9,11 +9,16 @@ from typing import Annotated
 import typer
 
 from .._types import Activations
-from ..checkpoint import FormatName, load, LoadDtype, quantize_checkpoint, SHARD_BYTES
+from ..checkpoint import (
+    FormatName,
+    Framework,
+    load,
+    LoadDtype,
+    quantize_checkpoint,
+    SHARD_BYTES,
+)
 from ..data import HELDOUT_TEXT, TINY_QWEN3_MOE
 from ..generation import generate as generate_tokens
-from ..models import Qwen3
-from ..nn import prepare, with_activations
 from ._build_kernels import build_kernels
 from ._console import err, load_tokenizer, loading_bar, out
 from ._demo import run_demo
@@ -100,6 +105,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    framework: Annotated[
+        Framework, typer.Option(help="What the model is made of; same bits.")
+    ] = "equinox",
     dtype: LoadDtype = "mxfp8",
     activations: Annotated[
         Activations, typer.Option(help="bf16 is W8A16, mxfp8 is W8A8.")
@@ -112,15 +120,16 @@ def generate(
     """Continue a text. Nothing is added to the prompt, no chat template either."""
     tokenizer = load_tokenizer(folder)
     with loading_bar("loading", quiet) as advance:
-        model: Qwen3 = load(
+        model = load(
             folder,
+            framework=framework,
             dtype=dtype,
+            activations=activations,
             skip=skip or None,
             only=only or None,
             requantize=requantize,
             progress=advance,
         )
-    model = prepare(with_activations(model, activations))
     text = sys.stdin.read() if prompt == "-" else prompt
     printer = _TextPrinter(tokenizer)
     generate_tokens(
