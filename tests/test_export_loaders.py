@@ -1,5 +1,7 @@
 """What is written, read by the package that defines its format."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,13 +22,15 @@ pytest.importorskip("compressed_tensors")
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_compressed_tensors_loads_the_weights_that_were_meant(tmp_path):
     fields = hf.DENSE | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
-    original = hf.random_hf_model(**fields).to(torch.bfloat16)
+    original: Any = hf.random_hf_model(**fields)
+    original = original.to(torch.bfloat16)
     original.save_pretrained(tmp_path / "in")
     report = quantize_checkpoint(
         tmp_path / "in", tmp_path / "out", format="compressed-tensors"
     )
     assert len(report.converted) == 7 * original.config.num_hidden_layers
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    from_pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = from_pretrained(
         tmp_path / "out",
         dtype=torch.bfloat16,
         quantization_config=CompressedTensorsConfig(dequantize=True),

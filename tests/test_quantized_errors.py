@@ -78,7 +78,9 @@ def test_names_what_it_refuses(name):
     assert 'fallback="dequantize"' in str(info.value)
 
 
-@pytest.mark.parametrize("name", REFUSED.keys() - {"in one branch", "scan over k"})
+@pytest.mark.parametrize(
+    "name", [n for n in REFUSED if n not in ("in one branch", "scan over k")]
+)
 def test_the_fallback_widens_and_says_so(name):
     function, _ = REFUSED[name]
     with pytest.warns(UserWarning, match=r"quantized: `\w+` of .* Dequantized MXFP8"):
