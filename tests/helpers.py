@@ -1,5 +1,10 @@
 """Assertions and independent models shared by the tests."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +75,21 @@ def round_to_e4m3(values: np.ndarray) -> np.ndarray:
     take_upper = (above < below) | ((above == below) & (upper % 2 == 0))
     rounded = np.where(take_upper, upper, upper - 1).astype(np.uint8)
     return rounded | (np.signbit(values).astype(np.uint8) << 7)
+
+
+def run_on_four_devices(script: str) -> None:
+    """Runs a program of this folder where the CPU is four devices; it must succeed."""
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(pathlib.Path(__file__).with_name(script))],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "all good"

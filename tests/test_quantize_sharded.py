@@ -1,22 +1,5 @@
-import os
-import pathlib
-import subprocess
-import sys
+from .helpers import run_on_four_devices
 
 
 def test_sharded_arrays_keep_their_sharding():
-    script = pathlib.Path(__file__).with_name("sharded_conversion.py")
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "all good"
+    run_on_four_devices("sharded_conversion.py")

@@ -1,9 +1,5 @@
 """New weights into a model that is compiled already."""
 
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import equinox as eqx
@@ -17,7 +13,7 @@ from jmx8 import dequantize, quantize, update_weights
 from jmx8.checkpoint import load
 from jmx8.kernels._prepared import PreparedWeights
 
-from .helpers import assert_bits_equal
+from .helpers import assert_bits_equal, run_on_four_devices
 from .mx_checkpoints import DENSE, MOE, random_weights, write_folder
 
 
@@ -218,18 +214,4 @@ def test_infinite_weights_can_be_kept():
 
 
 def test_sharded_weights_keep_their_sharding():
-    script = pathlib.Path(__file__).with_name("sharded_refit.py")
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "all good"
+    run_on_four_devices("sharded_refit.py")
