@@ -18,7 +18,7 @@ from .carry import carried_files, check_apart, config_files
 from .errors import CheckpointError
 from .folder import CheckpointFolder, open_folder
 from .formats import Format, MODELOPT_FILE, WRITABLE
-from .ignore import ignored_modules
+from .ignore import listed_modules
 from .items import ELEMENTS, Item, Target
 from .output import make_shards, Output, verify_output, write_output
 from .stored import find_weights, settle_scales, Weight
@@ -178,10 +178,7 @@ def _decide(
     modules: dict[str, list[str]] = {}
     for leaf, weight in zip(leaves, weights, strict=True):
         modules.setdefault(leaf.path.rpartition("/")[0], []).append(weight.name)
-    listed = ignored_modules(checkpoint.config, checkpoint.config_path, modules)
-    if checkpoint.modelopt is not None and not listed:
-        path = checkpoint.path / MODELOPT_FILE
-        listed = ignored_modules(checkpoint.modelopt, path, modules, "quantization")
+    listed = listed_modules(checkpoint, modules)
     if only is None:
         listed += [_search(*item) for item in _KEPT_BY_ENGINES.items()]
     given = [skip] if isinstance(skip, str) or callable(skip) else list(skip or ())

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .folder import CheckpointFolder
+from .formats import MODELOPT_FILE
 
 
 # What the list is called by Hugging Face and SGLang, by vLLM, by compressed-tensors and
@@ -16,6 +18,22 @@ _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules
 # How many times a regular expression may repeat something. Names have some 60
 # characters, and to find that none of 60**n ways to share them out matches takes long.
 _MAX_REPEATS = 6
+
+
+def listed_modules(
+    checkpoint: CheckpointFolder, modules: Mapping[str, Iterable[str]]
+) -> list[Callable[[str, Any], bool]]:
+    """Returns `ignored_modules` of `config.json`, or else of ModelOpt's own file.
+
+    Args:
+        checkpoint: The folder with both files.
+        modules: For every module's path, the names of its tensors.
+    """
+    listed = ignored_modules(checkpoint.config, checkpoint.config_path, modules)
+    if listed or checkpoint.modelopt is None:
+        return listed
+    path = checkpoint.path / MODELOPT_FILE
+    return ignored_modules(checkpoint.modelopt, path, modules, "quantization")
 
 
 def ignored_modules(

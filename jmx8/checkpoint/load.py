@@ -33,8 +33,7 @@ from ..models import ConfigError, Qwen3, Qwen3Config
 from ..nn import prepare
 from .errors import CheckpointError
 from .folder import CheckpointFolder, open_folder
-from .formats import MODELOPT_FILE
-from .ignore import ignored_modules, module_pattern
+from .ignore import listed_modules, module_pattern
 from .names import NameTable, QWEN3
 from .plan import check_copies, make_plan, Plan
 from .stored import find_weights, Weight
@@ -301,11 +300,7 @@ def _listed(
     for path, leaf in leaves.items():
         names = table.names(path, leaf.shape)
         modules.setdefault(path.rpartition("/")[0], []).extend(names)
-    listed = ignored_modules(checkpoint.config, checkpoint.config_path, modules)
-    if listed or checkpoint.modelopt is None:
-        return listed
-    path = checkpoint.path / MODELOPT_FILE
-    return ignored_modules(checkpoint.modelopt, path, modules, "quantization")
+    return listed_modules(checkpoint, modules)
 
 
 def _unquantized(
