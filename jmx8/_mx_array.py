@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Float8e4m3fn
 
 from ._numerics import BLOCK_SIZE as BLOCK_SIZE, dequantize_rows, quantize_rows
+from ._text import format_bytes
 from ._types import Float8e8m0fnu
 
 
@@ -244,14 +245,3 @@ def dequantize(w: MXArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
 
 def _is_abstract(x: Any) -> bool:
     return isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray)
-
-
-def format_bytes(count: int | float) -> str:
-    """Returns a byte count as people write it: "51.0 MiB"."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} TiB"

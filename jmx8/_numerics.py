@@ -13,11 +13,8 @@ import numpy as np
 from jaxtyping import Array
 
 from ._device import default_device
+from ._mxfp8 import BLOCK_SIZE as BLOCK_SIZE, E4M3_MAX, E8M0_BIAS as E8M0_BIAS
 
-
-BLOCK_SIZE = 32  # OCP MX v1.0 fixes k = 32 for every concrete format.
-E4M3_MAX = 448.0
-E8M0_BIAS = 127
 
 _MIN_NORMAL = 2.0**-126  # of float32 and of bfloat16
 _INF_BITS = 0x7F800000

@@ -1,16 +1,14 @@
-"""Type aliases shared by every module. Imports nothing from jmx8."""
+"""Type aliases shared by every module. See also `_options`."""
 
 from typing import ClassVar, Literal, TYPE_CHECKING
+
+from ._options import Activations as Activations
 
 
 # Backends of the ops. Each op says which of them it has.
 Implementation = Literal[
     "sm90", "flashinfer_cutlass", "flashinfer_trtllm", "flashinfer_cutile", "xla"
 ]
-
-# Numerics of a layer's activations. "auto" is "mxfp8" where the hardware multiplies
-# MXFP8 natively and "bf16" elsewhere.
-Activations = Literal["bf16", "mxfp8", "auto"]
 
 if TYPE_CHECKING:
     # Static checkers cannot subscript a jaxtyping dtype class.

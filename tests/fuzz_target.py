@@ -21,12 +21,12 @@ import numpy as np
 
 from jmx8._mx_array import MXArray
 from jmx8.checkpoint import CheckpointError
+from jmx8.checkpoint._load import _leaves
 from jmx8.checkpoint.describe import describe_open
 from jmx8.checkpoint.errors import parse_json_object, read_json_object
 from jmx8.checkpoint.folder import open_folder
 from jmx8.checkpoint.formats import MODELOPT, MODELOPT_FILE, MXFP8
 from jmx8.checkpoint.ignore import ignored_modules
-from jmx8.checkpoint.load import _leaves
 from jmx8.checkpoint.names import QWEN3
 from jmx8.checkpoint.plan import make_plan
 from jmx8.checkpoint.reader import parse

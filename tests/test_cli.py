@@ -67,6 +67,17 @@ def test_inspect_tells_what_a_checkpoint_is():
     assert facts["num_files"] == 1 and not facts["problems"]
 
 
+def test_inspect_does_not_wait_for_jax():
+    code = """if True:
+        import sys
+        from jmx8.cli import app
+        app(["inspect"], standalone_mode=False)
+        print([m for m in ("jax", "equinox", "rich") if m in sys.modules])
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1] == "[]", out.stderr
+
+
 def test_inspect_measures_what_conversion_loses():
     table = succeed("inspect", "--sort", "sqnr", "--limit", "3")
     assert table.splitlines()[0].split()[:3] == ["tensor", "shape", "before"]

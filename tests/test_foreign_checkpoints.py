@@ -13,8 +13,8 @@ import torch
 
 from jmx8._mx_array import dequantize, MXArray
 from jmx8.checkpoint import CheckpointError, load, open_folder
+from jmx8.checkpoint._load import _leaves
 from jmx8.checkpoint.formats import COMPRESSED_TENSORS, MODELOPT, TORCHAO
-from jmx8.checkpoint.load import _leaves
 
 from .foreign_checkpoints import KEPT
 

@@ -15,8 +15,8 @@ import jmx8.checkpoint.plan
 import jmx8.checkpoint.stream
 from jmx8._mx_array import dequantize, MXArray, quantize
 from jmx8.checkpoint import CheckpointError, load, open_folder
+from jmx8.checkpoint._load import _leaves
 from jmx8.checkpoint.formats import FP8_BLOCKS, MODELOPT, MXFP8, recognize, WRITABLE
-from jmx8.checkpoint.load import _leaves
 from jmx8.checkpoint.stored import find_weights, is_power_of_two, MXRows
 
 from .mx_checkpoints import (

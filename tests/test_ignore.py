@@ -4,7 +4,7 @@ import pytest
 
 from jmx8._mx_array import MXArray
 from jmx8.checkpoint import CheckpointError, load, open_folder
-from jmx8.checkpoint.load import _abstract_model, _family, _leaves
+from jmx8.checkpoint._load import _abstract_model, _family, _leaves
 from jmx8.checkpoint.stored import find_weights
 
 from .checkpoints import MOE, random_tensors, write_checkpoint

@@ -10,6 +10,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "jmx8"
 LAYERS = [
+    "_lazy",
+    "_mxfp8",
+    "_options",
+    "_text",
     "_types",
     "_device",
     "_numerics",
@@ -25,6 +29,7 @@ LAYERS = [
     "models",
     "generation",
     "checkpoint",
+    "_api",
     "cli",
 ]
 # Optional dependencies, which only some files may import, and only inside functions;
@@ -71,6 +76,37 @@ def test_imports_point_down(path):
 
 
 def test_import_needs_no_optional_dependency():
-    code = f"import sys, jmx8; print([m for m in {[*CONFINED]} if m in sys.modules])"
+    code = "import sys, jmx8; jmx8.load; jmx8.checkpoint.load; loaded = sys.modules; "
+    code += f"print('jax' in loaded, [m for m in {[*CONFINED]} if m in loaded])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.stdout.strip() == "[]", out.stderr
+    assert out.stdout.strip() == "True []", out.stderr
+
+
+@pytest.mark.parametrize("package", ["jmx8", "jmx8.checkpoint"])
+def test_a_package_offers_the_names_of_its_api(package):
+    """In a process of its own, before anything of the package is imported."""
+    code = """if True:
+        import importlib, sys
+        package = importlib.import_module(sys.argv[1])
+        before = set(vars(package))
+        try:
+            package.absent
+        except AttributeError as error:
+            print(error)
+        names = set(dir(package))
+        everything = {}
+        exec(f"from {sys.argv[1]} import *", everything)
+        api = importlib.import_module(f"{sys.argv[1]}._api")
+        public = {name for name in vars(api) if not name.startswith("_")}
+        assert public and public <= names and public <= everything.keys()
+        assert not public & before
+        assert all(getattr(package, name) is getattr(api, name) for name in public)
+        # A submodule of the same name would take a name's place when it is imported.
+        for name in public:
+            module = sys.modules.get(f"{sys.argv[1]}.{name}")
+            assert module is None or module is getattr(api, name), name
+    """
+    command = [sys.executable, "-c", code, package]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout == f"module {package!r} has no attribute 'absent'\n"

@@ -11,7 +11,7 @@ import jmx8.checkpoint.plan
 import jmx8.checkpoint.stream
 from jmx8._mx_array import dequantize, MXArray, quantize
 from jmx8.checkpoint import CheckpointError, load
-from jmx8.checkpoint.load import _check_arguments, _leaves
+from jmx8.checkpoint._load import _check_arguments, _leaves
 from jmx8.checkpoint.names import QWEN3
 from jmx8.convert import measure, quantize_model
 from jmx8.models import Qwen3, Qwen3Config

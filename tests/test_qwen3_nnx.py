@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jmx8
-from jmx8.checkpoint.load import _to_framework
+from jmx8.checkpoint._load import _to_framework
 from jmx8.data import TINY_QWEN3_MOE
 from jmx8.models import Qwen3, qwen3_nnx
 from jmx8.nn import SparseMoE

@@ -10,7 +10,8 @@ from typing import Any, get_args, Literal
 
 import jax
 
-from .._mx_array import BLOCK_SIZE
+from .._mxfp8 import BLOCK_SIZE
+from .._options import FormatName, SHARD_BYTES
 from ..convert import Patterns, Report, ReportRow
 from ..convert._rules import Decision, make_rules
 from ..convert._walk import Leaf
@@ -25,10 +26,7 @@ from .stored import find_weights, settle_scales, Weight
 from .stream import Progress
 
 
-FormatName = Literal["modelopt", "compressed-tensors", "mxfp8"]
 assert get_args(FormatName) == tuple(WRITABLE)
-
-SHARD_BYTES = 4 * 10**9
 
 # What engines run in BF16, besides what `DEFAULT_SKIP` keeps.
 _KEPT_BY_ENGINES = {

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import CheckpointError, read_json_object
 from .formats import Format, MODELOPT_FILE, recognize
@@ -19,8 +19,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_NAME_BYTES = 255  # of every file system in use
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One tensor on disk.
 
     Attributes:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError
@@ -23,7 +23,7 @@ from .errors import CheckpointError
 MODELOPT_FILE = "hf_quant_config.json"
 
 # What scales that are exponents may be stored as; the bytes are the same.
-E8M0_DTYPES = (np.dtype(np.uint8), np.dtype(jnp.float8_e8m0fnu))
+E8M0_DTYPES = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
 
 
 @dataclasses.dataclass(frozen=True)

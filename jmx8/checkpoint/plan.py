@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from .._numerics import BLOCK_SIZE
+from .._mxfp8 import BLOCK_SIZE
 from .errors import CheckpointError
 from .folder import CheckpointFolder, Source
 from .names import NameTable, Slot
@@ -19,7 +19,7 @@ from .stored import settle_scales, Weight
 CHUNK_BYTES = 4 * 2**20
 
 # What weights that are not quantized may be stored as.
-_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+_FLOATS = (ml_dtypes.bfloat16, np.float16, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

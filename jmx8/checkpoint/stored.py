@@ -11,18 +11,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from .._numerics import BLOCK_SIZE
+from .._mxfp8 import BLOCK_SIZE
 from .errors import CheckpointError
 from .folder import CheckpointFolder, Source
 from .formats import E8M0_DTYPES, FP8_BLOCKS, scale_names, TORCHAO_NAMES
 from .reader import SafetensorsFile
 
 
-_E4M3 = np.dtype(jnp.float8_e4m3fn)
-_FLOAT_SCALES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FLOAT_SCALES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 
 # Rows and columns of elements that share a scale. The second is MXFP8 of a transposed
 # weight `[..., k, n]`.
@@ -48,7 +48,7 @@ class MXRows(NamedTuple):
 
     def dequantize(self) -> np.ndarray:
         """Returns the values as float32; code 255 is NaN."""
-        scales = self.codes.view(jnp.float8_e8m0fnu).astype(np.float32)
+        scales = self.codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
         scales = np.repeat(scales, BLOCK_SIZE, axis=1)[:, : self.elements.shape[1]]
         with np.errstate(over="ignore"):
             return self.elements.astype(np.float32) * scales

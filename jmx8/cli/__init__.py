@@ -1,36 +1,18 @@
-"""The command line: `jmx8 demo | generate | quantize | inspect | ...`."""
+"""The command line: `jmx8 demo | generate | quantize | inspect | ...`.
 
-import json
+What a command needs is imported when it runs: JAX and the console take longer than
+`inspect` takes for a large checkpoint.
+"""
+
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .._types import Activations
-from ..checkpoint import (
-    FormatName,
-    Framework,
-    load,
-    LoadDtype,
-    quantize_checkpoint,
-    SHARD_BYTES,
-)
+from .._options import Activations, FormatName, Framework, LoadDtype, SHARD_BYTES
 from ..data import HELDOUT_TEXT, TINY_QWEN3_MOE
-from ..generation import generate as generate_tokens
-from ._build_kernels import build_kernels
-from ._console import err, load_tokenizer, loading_bar, out
-from ._demo import run_demo
-from ._doctor import diagnose, format_diagnosis
-from ._inspect import (
-    format_report,
-    inspect_folder,
-    print_comparison,
-    print_description,
-    sort_report,
-    SortKey,
-)
+from ._inspect import print_description, SortKey
 
 
 app = typer.Typer(
@@ -64,6 +46,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
+        from ._console import err
+
         err.print(f"jmx8: {error}", style="red", markup=False)
         sys.exit(2)
 
@@ -75,7 +59,9 @@ def root(
     ] = False,
 ) -> None:
     if show_version:
-        out.print(version("jmx8"))
+        from importlib.metadata import version
+
+        print(version("jmx8"))
         raise typer.Exit
 
 
@@ -89,6 +75,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint and compare it with BF16: memory, quality, speed."""
+    from ._demo import run_demo
+
     run_demo(folder, text, num_windows=windows, quiet=quiet)
 
 
@@ -118,6 +106,11 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Continue a text. Nothing is added to the prompt, no chat template either."""
+    from ..checkpoint import load
+    from ..generation import generate as generate_tokens
+    from ._console import load_tokenizer, loading_bar
+    from ._generate import TextPrinter
+
     tokenizer = load_tokenizer(folder)
     with loading_bar("loading", quiet) as advance:
         model = load(
@@ -131,7 +124,7 @@ def generate(
             progress=advance,
         )
     text = sys.stdin.read() if prompt == "-" else prompt
-    printer = _TextPrinter(tokenizer)
+    printer = TextPrinter(tokenizer)
     generate_tokens(
         model,
         [tokenizer.encode(text).ids],
@@ -144,30 +137,6 @@ def generate(
         callback=lambda _, token: printer.add(token),
     )
     printer.finish()
-
-
-class _TextPrinter:
-    """Prints tokens as text as soon as they form whole characters."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._printed = ""
-
-    def add(self, token: int) -> None:
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        # A trailing replacement character may be the start of a longer sequence.
-        if not text.endswith("\ufffd"):
-            self._print(text)
-
-    def finish(self) -> None:
-        self._print(self._tokenizer.decode(self._tokens))
-        print()
-
-    def _print(self, text: str) -> None:
-        print(text.removeprefix(self._printed), end="", flush=True)
-        self._printed = text
 
 
 @app.command()
@@ -200,6 +169,9 @@ def quantize(
     Run the same command again after an interruption: it goes on after the last whole
     file.
     """
+    from ..checkpoint import quantize_checkpoint
+    from ._console import loading_bar
+
     with loading_bar("converting", quiet) as advance:
         report = quantize_checkpoint(
             source,
@@ -243,11 +215,14 @@ def inspect(
     With --measure, or what needs it (--skip, --only, --sort by sqnr, amax or exponent),
     all are read and converted, and every tensor is listed with its SQNR.
     """
+    takes_weights = measure or skip or only or sort not in ("name", "bytes")
+    if compare is None and not takes_weights:
+        print_description(folder, sort, limit, as_json)
+        return
+    from ._measure import format_report, inspect_folder, print_comparison, sort_report
+
     if compare is not None:
         print_comparison(folder, compare, limit, as_json, quiet)
-        return
-    if not (measure or skip or only or sort not in ("name", "bytes")):
-        print_description(folder, sort, limit, as_json)
         return
     report = inspect_folder(
         folder, skip=skip, only=only, requantize=requantize, quiet=quiet
@@ -278,11 +253,17 @@ def build_kernels_command(
     What is built lands in the cache (JMX8_CACHE_DIR, else ~/.cache/jmx8). A machine
     that has this folder needs no compiler, neither FlashInfer nor torch.
     """
+    from ._build_kernels import build_kernels
+
     raise typer.Exit(build_kernels(arch, module, jobs, model=model))
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show devices, versions, and which backends can run here and why not."""
+    import json
+
+    from ._doctor import diagnose, format_diagnosis
+
     facts = diagnose()
     print(json.dumps(facts, indent=1) if as_json else format_diagnosis(facts))

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from ..checkpoint import CheckpointError
+from ..checkpoint.errors import CheckpointError
 
 
 # Results go to stdout, everything else to stderr, so that a result can be piped.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from .._device import default_device
-from .._mx_array import format_bytes
+from .._text import format_bytes
 from ..checkpoint import load
 from ..convert import Report
 from ..generation import generate, perplexity

@@ -17,7 +17,6 @@ from .model import quantize_model as quantize_model
 from .params import quantize_params as quantize_params
 from .report import (
     combine_pieces as combine_pieces,
-    format_table as format_table,
     measure as measure,
     measure_piece as measure_piece,
     Piece as Piece,

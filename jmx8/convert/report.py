@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._mx_array import dequantize, format_bytes, MXArray
-from .._numerics import E8M0_BIAS
+from .._mx_array import dequantize, MXArray
+from .._mxfp8 import E8M0_BIAS
+from .._text import format_bytes, format_table
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,6 @@ class Report:
         cells = [(*header, "what")] + [_cells(row) for row in self.rows]
         table = format_table(cells, left=(0, 1, len(header)))
         return "\n".join([table, "", self.summary()])
-
-
-def format_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Returns cells in columns; those of `left` are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 class Piece(NamedTuple):

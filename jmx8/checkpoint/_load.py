@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._mx_array import MXArray
-from .._types import Activations
+from .._options import Activations, Framework, LoadDtype
 from ..convert import (
     combine_pieces,
     kept_row,
@@ -42,10 +42,6 @@ from .stream import Progress, read_parameters
 
 if TYPE_CHECKING:
     from ..models import qwen3_nnx
-
-
-LoadDtype = Literal["mxfp8", "bfloat16", "float32"]
-Framework = Literal["equinox", "nnx"]
 
 
 @dataclasses.dataclass(frozen=True)

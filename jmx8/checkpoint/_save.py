@@ -6,10 +6,10 @@ from typing import Any
 import jax
 
 from .._mx_array import MXArray
+from .._options import FormatName, SHARD_BYTES
 from ..kernels._prepared import is_prepared
 from .carry import carried_files, check_apart, CONFIG, config_files
 from .errors import CheckpointError, read_json_object
-from .export import FormatName, SHARD_BYTES
 from .formats import WRITABLE
 from .items import array_item, Item, Target
 from .names import find_table
