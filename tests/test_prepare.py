@@ -217,3 +217,30 @@ def test_loaded_model_is_laid_out(blackwell):
     out, _ = jax.jit(lambda model, t: model(t))(model, tokens)
     expected, _ = jax.jit(lambda model, t: model(t))(canonical(model), tokens)
     assert float(jnp.max(jnp.abs(out - expected))) < 0.1
+
+
+@pytest.mark.parametrize("implementation", [None, "flashinfer_trtllm"])
+def test_nnx_model_is_laid_out_as_that_of_equinox(blackwell, implementation):
+    nnx = pytest.importorskip("flax.nnx")
+    from jmx8.data import TINY_QWEN3_MOE
+    from jmx8.models import qwen3_nnx
+
+    loaded = jmx8.load(TINY_QWEN3_MOE)
+    plain = canonical(loaded)
+    model = prepare(qwen3_nnx.Qwen3(plain), implementation=implementation)
+    expected = prepare(plain, implementation=implementation)
+    assert isinstance(model, qwen3_nnx.Qwen3)
+    state = lambda model: nnx.to_flat_state(nnx.state(model))
+    assert_same_state = lambda a, b: jax.tree.map(assert_bits_equal, a, b)
+    assert_same_state(state(model), state(qwen3_nnx.Qwen3(expected)))
+    contents = [variable.get_value() for _, variable in state(model)]
+    layouts = {w.layout.name for w in contents if isinstance(w, PreparedWeights)}
+    assert len(layouts) > 1
+    assert_same_state(state(canonical(model)), state(qwen3_nnx.Qwen3(plain)))
+    if implementation is None:
+        assert_same_state(
+            state(jmx8.load(TINY_QWEN3_MOE, framework="nnx")), state(model)
+        )
+        tokens = jnp.arange(6)[None]
+        out = jax.jit(lambda model, t: model(t)[0])
+        assert_bits_equal(out(model, tokens), out(expected, tokens))

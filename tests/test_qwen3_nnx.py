@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from flax import nnx
 
 import jmx8
+from jmx8.checkpoint import open_folder
 from jmx8.checkpoint._load import _to_framework
 from jmx8.data import TINY_QWEN3_MOE
 from jmx8.models import Qwen3, qwen3_nnx
@@ -163,6 +165,66 @@ def test_quantizing_in_memory_equals_quantizing_while_loading(kind):
     _assert_same_bits(
         jmx8.canonical(nnx.state(model)), jmx8.canonical(nnx.state(expected))
     )
+
+
+@KINDS
+def test_saved_files_are_those_of_equinox(kind, tmp_path):
+    equinox_model, model = _pair(kind, "w8a16")
+    models = {"equinox": equinox_model, "nnx": model, "state": nnx.state(model)}
+    contents = []
+    for name, tree in models.items():
+        jmx8.save(tree, tmp_path / name, source=FOLDERS[kind])
+        files = sorted((tmp_path / name).iterdir())
+        contents.append({file.name: file.read_bytes() for file in files})
+    assert "model.safetensors" in contents[0]
+    assert contents[0] == contents[1] == contents[2]
+    loaded = jmx8.load(tmp_path / "nnx", activations="bf16", framework="nnx")
+    _assert_same_bits(nnx.state(loaded), nnx.state(model))
+
+
+def _new_weights(kind) -> dict[str, np.ndarray]:
+    """Returns other weights for a shallow model, by their names in checkpoints."""
+    sources = open_folder(FOLDERS[kind]).sources
+    last = max(re.findall(r"layers\.(\d+)\.", " ".join(sources)), key=int)
+    return {
+        name.replace(f"layers.{last}.", "layers.0."): -source.file.read(name)
+        for name, source in sources.items()
+        if f"layers.{last}." in name or "layers" not in name
+    }
+
+
+@KINDS
+def test_compiled_functions_see_new_weights(kind):
+    new = _new_weights(kind)
+    equinox_model, model = _shallow_pair(kind, "w8a16")
+    expected = jmx8.update_weights(equinox_model, new, donate=False)
+    model = nnx.clone(model)  # of its own memory, which is given away below
+    traces = []
+
+    def run(model):
+        traces.append(1)
+        return model(_tokens())[0]
+
+    with_module = nnx.jit(run)
+    graph, params = nnx.split(model)
+    with_state = jax.jit(lambda params: run(nnx.merge(graph, params)))
+    before = with_module(model)
+    _assert_same_bits(with_state(params), before)
+    assert len(traces) == 2
+
+    _, model_params = nnx.split(jmx8.update_weights(model, new, donate=False))
+    new_params = jmx8.update_weights(params, new)
+    expected_params = nnx.state(qwen3_nnx.Qwen3(expected))
+    for actual in (model_params, new_params):
+        assert jax.tree.structure(actual) == jax.tree.structure(params)
+        _assert_same_bits(actual, expected_params)
+    after = with_state(new_params)
+    assert np.any(np.asarray(after) != np.asarray(before))
+    nnx.update(model, new_params)  # in place: whoever has the module sees it
+    for actual in (model, nnx.merge(graph, model_params)):
+        _assert_same_bits(with_module(actual), after)
+    assert len(traces) == 2
+    _assert_same_bits(jax.jit(run)(expected), after)
 
 
 @KINDS

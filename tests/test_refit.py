@@ -12,6 +12,7 @@ import jmx8
 from jmx8 import dequantize, quantize, update_weights
 from jmx8.checkpoint import load
 from jmx8.kernels._prepared import PreparedWeights
+from jmx8.nn._parameters import value
 
 from .helpers import assert_bits_equal, run_on_four_devices
 from .mx_checkpoints import DENSE, MOE, random_weights, write_folder
@@ -87,12 +88,15 @@ def test_paths_and_whole_stacks_are_names_too(tmp_path):
     assert experts.w2.dtype == jnp.bfloat16  # what it stands for stays
 
 
-def test_kernel_layouts_are_derived_anew(emulated, tmp_path):
+@pytest.mark.parametrize("framework", ["equinox", "nnx"])
+def test_kernel_layouts_are_derived_anew(emulated, tmp_path, framework):
+    if framework == "nnx":
+        pytest.importorskip("flax")
     tensors, new = random_weights(MOE), random_weights(MOE, 1)
     write_folder(tmp_path / "a", MOE, tensors)
     write_folder(tmp_path / "b", MOE, new)
-    model = load(tmp_path / "a", activations="mxfp8")
-    expected = load(tmp_path / "b", activations="mxfp8")
+    model = load(tmp_path / "a", activations="mxfp8", framework=framework)
+    expected = load(tmp_path / "b", activations="mxfp8", framework=framework)
     assert any(
         isinstance(node, PreparedWeights)
         for node in jax.tree.leaves(
@@ -106,7 +110,7 @@ def test_kernel_layouts_are_derived_anew(emulated, tmp_path):
     assert jax.tree.structure(model) == jax.tree.structure(expected)
     same_bits(update_weights(model, {name: new[name]}), expected)
     same_bits(
-        jmx8.canonical(expected.layers[0].mlp).experts.w13,
+        value(jmx8.canonical(expected.layers[0].mlp).experts.w13),
         quantize(jnp.asarray(_w13(new))),
     )
 
@@ -158,10 +162,10 @@ def test_committed_and_uncommitted_arrays_stay_so():
     device = jax.devices()[0]
     x = jnp.ones((32, 64))
     for old in (quantize(x), jax.device_put(quantize(x), device)):
-        for value in (x * 2, jax.device_put(x * 2, device), np.asarray(x * 2)):
+        for new_x in (x * 2, jax.device_put(x * 2, device), np.asarray(x * 2)):
             forward: Any = jax.jit(lambda w, x: x @ w.T)
             forward(old, x)
-            new = update_weights({"w": old}, {"w": value}, donate=False)["w"]
+            new = update_weights({"w": old}, {"w": new_x}, donate=False)["w"]
             np.testing.assert_array_equal(dequantize(new), x * 2)
             assert new.scales.committed == old.scales.committed
             forward(new, x)

@@ -7,8 +7,10 @@ import jax
 
 from .._mx_array import MXArray
 from .._options import FormatName, SHARD_BYTES
+from ..convert._walk import unpack
 from ..kernels._prepared import is_prepared
 from .carry import carried_files, check_apart, CONFIG, config_files
+from .describe import natural_order
 from .errors import CheckpointError, read_json_object
 from .formats import WRITABLE
 from .items import array_item, Item, Target
@@ -33,7 +35,8 @@ def save(
     Files get their names when they are whole and on the disk, `config.json` last.
 
     Args:
-        model: A model of a family that `load` knows.
+        model: A model of a family that `load` knows, in any framework, or the
+            `nnx.State` of one.
         folder: Folder to write; new or empty.
         source: Checkpoint folder, whose `config.json`, tokenizer and further files are
             carried over; its weights are not looked at.
@@ -69,7 +72,8 @@ def save(
 
 def _items(model: Any) -> tuple[Item, ...]:
     is_weight = lambda node: isinstance(node, MXArray) or is_prepared(node)
-    nodes, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)
+    tree = unpack(model).tree
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)
     leaves = {
         jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
         for keys, leaf in nodes
@@ -86,7 +90,8 @@ def _items(model: Any) -> tuple[Item, ...]:
         slots = table.alternatives(path, leaf.shape)[0]
         targets = tuple(Target(slot.start, slot.name, slot.shape) for slot in slots)
         result.append(array_item(path, leaf, targets))
-    return tuple(result)
+    # Frameworks order the fields of a layer each in its own way.
+    return tuple(sorted(result, key=lambda item: natural_order(item.targets[0].name)))
 
 
 def _check_config(model: Any, config: dict[str, Any], where: Path) -> None:

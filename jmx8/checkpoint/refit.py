@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from .._mx_array import MXArray
 from ..convert._leaf import buffers, count_nonfinite, quantize_leaf
+from ..convert._walk import unpack
 from ..kernels._prepared import is_prepared, prepare_weights, PreparedWeights
 from .items import is_finite
 from .names import find_table
@@ -39,7 +40,8 @@ def update_weights(
 
     Args:
         model: Model or other pytree, as `load`, `quantize_model`, `quantize_params` or
-            `prepare` returns it.
+            `prepare` returns it; an `nnx.Module`, of which a new one is returned, or
+            its `nnx.State`, with which `nnx.update` changes the module in place.
         weights: New arrays by name: the path of a parameter, such as
             `layers/0/self_attn/q_proj/weight`, or, for a model that `load` knows, the
             name of a tensor in its checkpoints, such as
@@ -65,7 +67,10 @@ def update_weights(
             'update_weights: on_nonfinite must be "raise" or "keep", got '
             f"{on_nonfinite!r}."
         )
-    nodes, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_weight)
+    unpacked = unpack(model)
+    nodes, structure = jax.tree_util.tree_flatten_with_path(
+        unpacked.tree, is_leaf=_is_weight
+    )
     places = {
         jax.tree_util.keystr(keys, simple=True, separator="/"): i
         for i, (keys, _) in enumerate(nodes)
@@ -78,7 +83,7 @@ def update_weights(
         old = leaves[places[path]]
         can_donate = donate and not (_buffers_of(old) & held)
         leaves[places[path]] = _replace(old, rows, can_donate)
-    return jax.tree.unflatten(structure, leaves)
+    return unpacked.repack(jax.tree.unflatten(structure, leaves), {})
 
 
 class _Part(NamedTuple):

@@ -1,5 +1,6 @@
 """The leaves of a pytree, with their paths and the modules that hold them."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from .._mx_array import MXArray
+from .._unpacked import Unpacked
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,13 @@ def _walk(node: Any, keys: tuple, owner: Any, wrapper: Any) -> Iterator[Leaf]:
         else:
             module = node if isinstance(node, eqx.Module) else None
             yield from _walk(child, keys + key, module, wrapper)
+
+
+def unpack(tree: Any) -> Unpacked:
+    """Takes a tree of Flax apart; a plain one stays as it is."""
+    # Whoever has variables of Flax, or a model to run them, has imported it.
+    if "flax" not in sys.modules:
+        return Unpacked(tree, {}, lambda plain, axes: plain)
+    from ..flax import unpack
+
+    return unpack(tree)

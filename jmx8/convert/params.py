@@ -1,13 +1,11 @@
 """Conversion of a pytree's weights to MXFP8."""
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 from .._kernel_axes import KernelAxes
-from .._unpacked import Unpacked
 from ._leaf import (
     buffers,
     convert_leaf,
@@ -20,7 +18,7 @@ from ._leaf import (
 )
 from ._patterns import Patterns
 from ._rules import AXIS_UNKNOWN, Contract, Decision, make_rules, Rules
-from ._walk import rebuild, walk
+from ._walk import rebuild, unpack, walk
 from .report import Report, ReportRow
 
 
@@ -107,7 +105,7 @@ def quantize_params(
             finite. Every leaf concerned is listed, and nothing is converted.
         TypeError: If a pattern or `contract` is of the wrong type.
     """
-    unpacked = _unpack(tree)
+    unpacked = unpack(tree)
     rules = make_rules(skip, only, contract, known=unpacked.known)
     new_tree, report = convert_tree(
         "quantize_params",
@@ -119,16 +117,6 @@ def quantize_params(
         repack=unpacked.repack,
     )
     return (new_tree, report) if return_report else new_tree
-
-
-def _unpack(tree: Any) -> Unpacked:
-    """Takes a tree of Flax apart; a plain one stays as it is."""
-    # Whoever has variables of Flax, or a model to run them, has imported it.
-    if "flax" not in sys.modules:
-        return Unpacked(tree, {}, lambda plain, axes: plain)
-    from ..flax import unpack
-
-    return unpack(tree)
 
 
 def convert_tree(
