@@ -39,8 +39,9 @@ def test_help_names_every_command():
     assert succeed("--version").strip() == "0.1.0"
 
 
-def test_demo_shows_the_whole_job():
-    text = succeed("demo", "--windows", "4")
+@pytest.mark.parametrize("framework", ["equinox", "nnx"])
+def test_demo_shows_the_whole_job(framework):
+    text = succeed("demo", "--windows", "4", "--framework", framework)
     for part in ("memory", "BF16", "MXFP8 W8A16", "MXFP8 W8A8", "continues the text"):
         assert part in text
     assert "dB  layers/" in text

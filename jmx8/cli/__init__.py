@@ -25,6 +25,9 @@ app = typer.Typer(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelFramework = Annotated[
+    Framework, typer.Option(help="What the model is made of; same bits.")
+]
 Skip = Annotated[
     list[str],
     typer.Option(help="Keep layers of this path in BF16; glob or re:..., repeatable."),
@@ -72,12 +75,13 @@ def demo(
     windows: Annotated[
         int, typer.Option(min=1, help="How many windows of 256 tokens to measure.")
     ] = 32,
+    framework: ModelFramework = "equinox",
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint and compare it with BF16: memory, quality, speed."""
     from ._demo import run_demo
 
-    run_demo(folder, text, num_windows=windows, quiet=quiet)
+    run_demo(folder, text, num_windows=windows, framework=framework, quiet=quiet)
 
 
 @app.command()
@@ -93,9 +97,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    framework: Annotated[
-        Framework, typer.Option(help="What the model is made of; same bits.")
-    ] = "equinox",
+    framework: ModelFramework = "equinox",
     dtype: LoadDtype = "mxfp8",
     activations: Annotated[
         Activations, typer.Option(help="bf16 is W8A16, mxfp8 is W8A8.")

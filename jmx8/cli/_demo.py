@@ -1,7 +1,7 @@
 """`jmx8 demo`: the main job from end to end, on the checkpoint that ships with jmx8."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from .._device import default_device
+from .._options import Framework
 from .._text import format_bytes
 from ..checkpoint import load
 from ..convert import Report
 from ..generation import generate, perplexity
-from ..models import Qwen3
+from ..models import LanguageModel
 from ..nn import with_activations
 from ..ops._dispatch import explain
 from ._console import load_tokenizer, loading_bar, out, working
@@ -25,7 +26,9 @@ _BATCH_SIZE = 4
 _WRITTEN = 32  # tokens that are written for the speed
 
 
-def run_demo(folder: Path, text: Path, *, num_windows: int, quiet: bool) -> None:
+def run_demo(
+    folder: Path, text: Path, *, num_windows: int, framework: Framework, quiet: bool
+) -> None:
     """Loads a checkpoint twice, compares the two models, and lets one write."""
     tokenizer = load_tokenizer(folder)
     tokens = tokenizer.encode(text.read_text()).ids[: num_windows * _WINDOW]
@@ -33,8 +36,12 @@ def run_demo(folder: Path, text: Path, *, num_windows: int, quiet: bool) -> None
     device = default_device()
     out.print(f"checkpoint   {folder.name}")
     out.print(f"device       {device.platform} ({device.device_kind})")
-    baseline = _load(folder, "bfloat16", quiet)
-    converted, report = _load_converted(folder, quiet)
+    with loading_bar("loading bfloat16", quiet) as advance:
+        baseline = load(folder, framework=framework, dtype="bfloat16", progress=advance)
+    with loading_bar("converting to MXFP8", quiet) as advance:
+        converted, report = load(
+            folder, framework=framework, progress=advance, return_report=True
+        )
     _print_memory(report)
 
     models = {
@@ -48,16 +55,6 @@ def run_demo(folder: Path, text: Path, *, num_windows: int, quiet: bool) -> None
     _print_continuation(models["MXFP8 W8A16"], tokenizer, tokens)
     _print_worst(report)
     _print_backends(converted)
-
-
-def _load(folder: Path, dtype: Any, quiet: bool) -> Qwen3:
-    with loading_bar("loading bfloat16", quiet) as advance:
-        return load(folder, dtype=dtype, progress=advance)
-
-
-def _load_converted(folder: Path, quiet: bool) -> tuple[Qwen3, Report]:
-    with loading_bar("converting to MXFP8", quiet) as advance:
-        return load(folder, progress=advance, return_report=True)
 
 
 def _print_memory(report: Report) -> None:
@@ -74,7 +71,7 @@ def _print_memory(report: Report) -> None:
 
 
 def _compare(
-    models: dict[str, Qwen3], tokens: list[int], text_name: str, quiet: bool
+    models: Mapping[str, LanguageModel], tokens: list[int], text_name: str, quiet: bool
 ) -> Table:
     """Measures perplexity and speed of each model."""
     num_tokens = len(tokens) // _WINDOW * _WINDOW
@@ -97,7 +94,7 @@ def _compare(
     return table
 
 
-def _measure(model: Qwen3, tokens: list[int]) -> tuple[float, float, float]:
+def _measure(model: LanguageModel, tokens: list[int]) -> tuple[float, float, float]:
     """Returns the perplexity, and the seconds to read the text and to write one."""
     read = lambda: perplexity(model, tokens, window=_WINDOW, batch_size=_BATCH_SIZE)
     write = lambda: generate(model, [tokens[:32]], max_new_tokens=_WRITTEN)
@@ -112,7 +109,9 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _print_continuation(model: Qwen3, tokenizer: Any, tokens: list[int]) -> None:
+def _print_continuation(
+    model: LanguageModel, tokenizer: Any, tokens: list[int]
+) -> None:
     prompt = tokens[: _WINDOW // 4]
     (continuation,) = generate(model, [prompt], max_new_tokens=64)
     out.print("\nMXFP8 W8A16 continues the text, taking the likeliest token each time:")
@@ -128,7 +127,7 @@ def _print_worst(report: Report) -> None:
         out.print(f"  {row.statistics.sqnr_db:5.1f} dB  {row.path}")
 
 
-def _print_backends(model: Qwen3) -> None:
+def _print_backends(model: LanguageModel) -> None:
     tokens = jax.ShapeDtypeStruct((_BATCH_SIZE, _WINDOW), jnp.int32)
     out.print("\nwhat ran, and why:")
     out.print(str(explain(lambda m, t: m(t), model, tokens)), markup=False)
