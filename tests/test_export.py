@@ -275,6 +275,10 @@ def test_unknown_models_are_converted_by_name_and_shape(tmp_path):
     source = write_folder(tmp_path / "in", {"model_type": "other"}, tensors)
     report = quantize_checkpoint(source, tmp_path / "out")
     assert [row.path for row in report.converted] == ["layers/0/mixer/in_proj/weight"]
+    assert (
+        "stack of experts, which is taken apart only for model_type qwen2_moe and "
+        "qwen3_moe (layers/*/mlp/experts/gate_up_proj)"
+    ) in report.summary()
     written = read_all(tmp_path / "out")
     for name, x in tensors.items():
         if "mixer.in_proj" not in name:

@@ -114,11 +114,20 @@ def test_report_reads_well():
     worst = min(rows, key=lambda r: r.statistics.sqnr_db)
     assert lines[7] == f"lowest SQNR {worst.statistics.sqnr_db:.1f} dB: {worst.path}"
     assert lines[8:] == [
-        "kept 1 (8.0 KiB): embedding, kept by default",
-        "kept 1 (256 B): fewer than 2 axes",
+        "kept 1 (8.0 KiB): embedding, kept by default (embed/weight)",
+        "kept 1 (256 B): fewer than 2 axes (norm/weight)",
     ]
     assert report.worst(1) == (worst,) and len(report.worst()) == 2
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_summary_tells_what_was_kept_by_patterns():
+    tree = {f"m{i}": [{"norm": jnp.ones(3)}, {"norm": jnp.ones(3)}] for i in range(6)}
+    _, report = quantize_params(tree, return_report=True)
+    assert report.summary().splitlines()[1] == (
+        "kept 12 (144 B): fewer than 2 axes "
+        "(m0/*/norm, m1/*/norm, m2/*/norm, m3/*/norm, 2 more)"
+    )
 
 
 def test_report_is_json():

@@ -38,6 +38,10 @@ _KEPT_BY_ENGINES = {
 
 # Families whose stacks `[e, 2i, h]` hold the gates' rows before the others'.
 _STACKING_FAMILIES = ("qwen2_moe", "qwen3_moe")
+_UNKNOWN_STACK = (
+    "stack of experts, which is taken apart only for model_type "
+    f"{' and '.join(_STACKING_FAMILIES)}"
+)
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.weight)?")
 
 
@@ -57,8 +61,10 @@ def quantize_checkpoint(
     """Writes a checkpoint folder in MXFP8.
 
     Any model can be converted: what is a linear layer is told by the names and shapes
-    of tensors. A checkpoint that is in MXFP8 already is written in the other format
-    without a change of any element or scale; what is unquantized in it stays so.
+    of tensors. Experts in one stack are converted only for families whose order of axes
+    and rows is known, Qwen's; others stay as they are, and the report says so. A
+    checkpoint that is in MXFP8 already is written in the other format without a change
+    of any element or scale; what is unquantized in it stays so.
 
     Tensors are read, converted and written a few rows at a time, so memory does not
     grow with the model. Files get their names when they are whole and on the disk. The
@@ -215,7 +221,10 @@ def _restrict(decision: Decision, shape: tuple[int, ...], is_stack: bool) -> Dec
         return decision
     k = shape[-1]
     if not is_stack and (len(shape) > 2 or decision.axis != -1):
-        return keep("by name and shape no linear layer")
+        has_experts = len(shape) == 3 and "experts" in decision.leaf.path
+        return keep(
+            _UNKNOWN_STACK if has_experts else "by name and shape no linear layer"
+        )
     if k % BLOCK_SIZE:
         return keep(f"{k} columns, which engines want to be a multiple of {BLOCK_SIZE}")
     reason = decision.reason if decision.axis else "stack of experts"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,9 @@ from jaxtyping import Array
 from .._mx_array import dequantize, MXArray
 from .._mxfp8 import E8M0_BIAS
 from .._text import format_bytes, format_table
+
+
+_MAX_NAMES = 4  # of kept tensors that the summary tells for one reason
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Report:
         }
 
     def summary(self) -> str:
-        """Returns the totals, and why tensors were kept, in a few lines."""
+        """Returns the totals, and which tensors were kept and why, in a few lines."""
         converted = self.converted
         lines = [
             f"{len(converted)} of {len(self.rows)} tensors converted to MXFP8, "
@@ -127,7 +131,11 @@ class Report:
             reasons.setdefault(row.reason, []).append(row)
         for reason, rows in reasons.items():
             size = format_bytes(sum(row.bytes_after for row in rows))
-            lines.append(f"kept {len(rows)} ({size}): {reason}")
+            paths = [re.sub(r"(?<=[/.])\d+(?=[/.])", "*", row.path) for row in rows]
+            names = list(dict.fromkeys(paths))
+            more = [f"{len(names) - _MAX_NAMES} more"] if names[_MAX_NAMES:] else []
+            names = ", ".join(names[:_MAX_NAMES] + more)
+            lines.append(f"kept {len(rows)} ({size}): {reason} ({names})")
         return "\n".join(lines)
 
     def __str__(self) -> str:
