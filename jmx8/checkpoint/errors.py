@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 _MAX_LISTED = 100
 _MAX_LINE = 600
@@ -27,6 +29,16 @@ class CheckpointError(ValueError):
         if len(self.problems) > _MAX_LISTED:
             lines.append(f"... and {len(self.problems) - _MAX_LISTED} more problems")
         super().__init__("\n".join(lines))
+
+
+def not_finite(weight: object, start: int, rows: np.ndarray) -> CheckpointError:
+    """Returns the error of float32 rows of a weight, the first being row `start`."""
+    nan, inf = np.isnan(rows).sum(), np.isinf(rows).sum()
+    found = f"{nan} NaN and {inf} infinite" if nan or inf else "bfloat16 overflow"
+    return CheckpointError(
+        f"{weight}: weights must be finite, found {found} in rows {start} to "
+        f"{start + len(rows) - 1}"
+    )
 
 
 def parse_json_object(data: bytes, where: Path | str) -> dict[str, Any]:

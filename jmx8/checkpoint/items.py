@@ -12,7 +12,7 @@ import numpy as np
 
 from .._mx_array import BLOCK_SIZE, MXArray, quantize
 from ..kernels._prepared import is_prepared
-from .errors import CheckpointError
+from .errors import not_finite
 from .formats import Format
 from .reader import TensorInfo
 from .stored import MXRows
@@ -124,12 +124,7 @@ def _quantize_rows(
     item: Item, start: int, rows: np.ndarray, check_finite: bool
 ) -> MXRows:
     if check_finite and not is_finite(rows):
-        values = rows.astype(np.float32)
-        nan, inf = np.isnan(values).sum(), np.isinf(values).sum()
-        raise CheckpointError(
-            f"{item.label}: weights must be finite, found {nan} NaN and {inf} infinite "
-            f"in rows {start} to {start + len(rows) - 1}"
-        )
+        raise not_finite(item.label, start, rows.astype(np.float32))
     w = _quantize(jax.device_put(rows))
     return MXRows(np.asarray(w.elements), np.asarray(w.scales).view(np.uint8))
 

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from .._mx_array import MXArray, quantize
 from .._numerics import BLOCK_SIZE, dequantize_rows
-from .errors import CheckpointError
+from .errors import not_finite
 from .plan import CHUNK_BYTES, Part, Plan
 from .prefetch import prefetch
 from .stored import MXRows
@@ -119,12 +119,7 @@ def _wait(unchecked: tuple[_Chunk, Array] | None, check_finite: bool) -> None:
             return  # scales so large that an element could have overflowed
     else:
         rows = chunk.rows.astype(np.float32)
-    nan, inf = np.isnan(rows).sum(), np.isinf(rows).sum()
-    found = f"{nan} NaN and {inf} infinite" if nan or inf else "bfloat16 overflow"
-    raise CheckpointError(
-        f"{chunk.part.weight}: weights must be finite, found {found} in rows "
-        f"{chunk.start} to {chunk.start + len(rows) - 1}"
-    )
+    raise not_finite(chunk.part.weight, chunk.start, rows)
 
 
 class _Target:
