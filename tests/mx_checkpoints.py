@@ -8,7 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+import jmx8.checkpoint.plan
+import jmx8.checkpoint.stream
 from jmx8._mx_array import MXArray, quantize
+from jmx8.checkpoint._load import _leaves
 from jmx8.checkpoint.formats import Format
 from jmx8.checkpoint.reader import DTYPES
 
@@ -154,3 +157,30 @@ def write_folder(
         text = json.dumps({"metadata": {}, "weight_map": weight_map})
         (path / "model.safetensors.index.json").write_text(text)
     return path
+
+
+def use_small_chunks(monkeypatch):
+    """Makes every tensor of the small checkpoints take several chunks."""
+    monkeypatch.setattr(jmx8.checkpoint.plan, "CHUNK_BYTES", 1600)
+    monkeypatch.setattr(jmx8.checkpoint.stream, "CHUNK_BYTES", 1600)
+
+
+def bits(x):
+    return np.asarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def assert_same(actual, expected):
+    """Compares the parameters of two models bit by bit."""
+    actual, expected = _leaves(actual), _leaves(expected)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert type(actual[path]) is type(leaf), path
+        assert actual[path].shape == leaf.shape, path
+        if isinstance(leaf, MXArray):
+            assert actual[path].padding == leaf.padding
+            pairs = [(actual[path].elements, leaf.elements)]
+            pairs.append((actual[path].scales, leaf.scales))
+        else:
+            pairs = [(actual[path], leaf)]
+        for one, other in pairs:
+            np.testing.assert_array_equal(bits(one), bits(other), err_msg=path)
