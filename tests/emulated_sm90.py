@@ -29,13 +29,11 @@ def use(monkeypatch):
     """Makes the kernels these functions; returns the list of calls, (name, given)."""
     calls = []
     monkeypatch.setattr(library, "why_not_here", lambda: None)
-    workspace = {"permute_workspace": lambda rows, experts: 4 * (rows + experts) + 1}
-    monkeypatch.setattr(library, "function", workspace.__getitem__)
     # Without the traces of other tests, which hold other functions.
     _dispatch._vmappable.cache_clear()
     jitted = jax.jit(lambda x: sm90_quantize._quantize(x))
     monkeypatch.setattr(sm90_quantize, "_jitted", jitted)
-    for function in (gemm, permute, combine, route, quantize):
+    for function in (gemm, moe, route, quantize):
         name = function.__name__.upper()
         kernel = getattr(kernels, name)
 
@@ -111,6 +109,26 @@ def gemm(
         out[first : first + count] = _round(activate(product), out.dtype)
 
 
+def moe(
+    x, w13, w13_scales, w13_bias, w2, w2_scales, w2_bias, ids, weights, out,
+    slot_rows, slot_of_row, tiles, num_tiles, hidden, rows,
+    row_divisor, activation, alpha, beta, limit, tile_rows,
+    first_kernel, first_variant, first_split_k,
+    second_kernel, second_variant, second_split_k,
+):  # fmt: skip
+    places = tiles, num_tiles
+    permute(ids, slot_rows, slot_of_row, *places, len(w13), tile_rows, row_divisor)
+    parameters = activation, alpha, beta, limit
+    first = first_kernel, tile_rows, first_variant, first_split_k
+    second = second_kernel, tile_rows, second_variant, second_split_k
+    columns = w13.shape[1] // (2 if activation in (1, 2, 3, 4) else 1)
+    given, hidden[:, columns:] = hidden[:, :columns], 0
+    gemm(x, w13, w13_scales, w13_bias, given, slot_rows, *places, *parameters, *first)
+    none = 0, 0.0, 0.0, math.inf
+    gemm(hidden, w2, w2_scales, w2_bias, rows, None, *places, *none, *second)
+    combine(rows, slot_of_row, weights, out)
+
+
 def _product(x, w, scales, bias):
     codes = scales.view(np.uint8).astype(np.float64)
     wide = w.astype(np.float64) * np.repeat(2.0 ** (codes - 127), 32, axis=-1)
@@ -146,12 +164,10 @@ def _tanh_cdf(a):
 
 
 def permute(
-    ids, slot_rows, slot_of_row, tiles, num_tiles, workspace,
-    num_experts, tile_rows, row_divisor,
+    ids, slot_rows, slot_of_row, tiles, num_tiles, num_experts, tile_rows, row_divisor
 ):  # fmt: skip
     assert ids.dtype == np.int32 and slot_of_row.shape == ids.shape
     assert slot_rows.shape == (ids.size,) and num_tiles.shape == (1,)
-    assert workspace.nbytes == 4 * (ids.size + num_experts) + 1
     for a in (slot_rows, tiles):
         a[...] = _POISON
     slots, made, slot_of_row[...] = 0, 0, -1

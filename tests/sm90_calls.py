@@ -6,6 +6,7 @@ Without JAX a new shape costs no compilation. Outputs are full of NaN before a c
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -88,8 +89,6 @@ def gemm(
         if places
         else (None, None, None)
     )
-    number = ACTIVATIONS[activation] if activation else 0
-    parameters = swigluoai if activation == "swigluoai" else (0.0, 0.0, math.inf)
     call(
         "gemm",
         x,
@@ -98,59 +97,53 @@ def gemm(
         bias,
         out,
         *grouped,
-        number,
-        *parameters,
+        *activation_parameters(activation, swigluoai),
         *config,
     )
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
+def activation_parameters(activation, swigluoai=(1.702, 1.0, 7.0)):
+    number = ACTIVATIONS[activation] if activation else 0
+    return number, *(swigluoai if activation == "swigluoai" else (0.0, 0.0, math.inf))
+
+
+class Places(NamedTuple):
     slot_rows: torch.Tensor
     slot_of_row: torch.Tensor
     tiles: torch.Tensor
     num_tiles: torch.Tensor
 
 
-def permute(ids, num_experts, tile_rows, row_divisor) -> Places:
+def _empty_places(ids, num_experts, tile_rows) -> Places:
     num_rows = ids.numel()
     max_tiles = min(num_rows, num_experts + num_rows // tile_rows)
-    places = Places(
-        empty((num_rows,), torch.int32),
-        empty(tuple(ids.shape), torch.int32),
-        empty((max_tiles, 4), torch.int32),
-        empty((1,), torch.int32),
-    )
-    size = library.function("permute_workspace")(num_rows, num_experts)
-    workspace = torch.full((max(1, size),), 0xA5, dtype=torch.uint8, device="cuda")
-    outputs = (places.slot_rows, places.slot_of_row, places.tiles, places.num_tiles)
-    call("permute", ids, *outputs, workspace, num_experts, tile_rows, row_divisor)
+    shapes = ((num_rows,), tuple(ids.shape), (max_tiles, 4), (1,))
+    return Places(*(empty(shape, torch.int32) for shape in shapes))
+
+
+def permute(ids, num_experts, tile_rows, row_divisor) -> Places:
+    places = _empty_places(ids, num_experts, tile_rows)
+    call("permute", ids, *places, num_experts, tile_rows, row_divisor)
     return places
-
-
-def combine(rows, slot_of_row, weights) -> torch.Tensor:
-    out = empty((slot_of_row.shape[0], rows.shape[1]))
-    call("combine", rows, slot_of_row, weights, out)
-    return out
 
 
 def moe(operands, configs, activation="silu", biases=(None, None)):
     """Computes a layer of x, w13, w2, ids and weights as the backend does."""
     (x, w13, w2, ids, weights), (first, second) = operands, configs
-    top_k = ids.shape[1]
-    places = permute(ids, w2.elements.shape[0], first.tile_rows, top_k)
-    hidden = gemm(
-        x,
-        w13,
-        first,
-        places=places,
-        gather=True,
-        activation=activation,
-        bias=biases[0],
+    num_experts, h, i = w2.elements.shape
+    out = empty((ids.shape[0], h))
+    call(
+        "moe",
+        *(x, w13.elements, w13.scales, biases[0], w2.elements, w2.scales, biases[1]),
+        *(ids, weights, out),
+        *_empty_places(ids, num_experts, first.tile_rows),
+        *(empty((ids.numel(), i)), empty((ids.numel(), h))),
+        *(ids.shape[1], *activation_parameters(activation), first.tile_rows),
+        *(first.kernel, first.variant, first.split_k),
+        *(second.kernel, second.variant, second.split_k),
     )
-    rows = gemm(hidden, w2, second, places=places, bias=biases[1])
-    return combine(rows, places.slot_of_row, weights)
+    return out
 
 
 # In float64, each with the error that rounding explains.

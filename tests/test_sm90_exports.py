@@ -64,9 +64,8 @@ def test_plain_name_of_a_kernel(mangled, name):
 def test_functions_are_there(built):
     tvm_ffi = pytest.importorskip("tvm_ffi")
     module = tvm_ffi.load_module(str(built))
-    for name in ("gemm", "permute", "combine", "route", "quantize"):
+    for name in ("gemm", "permute", "moe", "route", "quantize"):
         assert module[name] is not None
-    assert module["permute_workspace"](1024, 128) >= 0
 
 
 # Operands on the host, so that a call that is right in all else is refused, too.
@@ -106,16 +105,39 @@ _PERMUTE = {
     "slot_of_row": ((5, 2), _I32),
     "tiles": ((4, 4), _I32),
     "num_tiles": ((1,), _I32),
-    "workspace": ((1 << 16,), jnp.uint8),
     "num_experts": 3,
     "tile_rows": 8,
     "row_divisor": 2,
 }
-_COMBINE = {
-    "rows": ((10, 16), _BF16),
-    "slot_of_row": ((5, 2), _I32),
+_MOE = {
+    "x": ((5, 64), _BF16),
+    "w13": ((3, 80, 64), _E4M3),
+    "w13_scales": ((3, 80, 2), _E8M0),
+    "w13_bias": ((3, 80), _F32),
+    "w2": ((3, 16, 64), _E4M3),
+    "w2_scales": ((3, 16, 2), _E8M0),
+    "w2_bias": ((3, 16), _BF16),
+    "ids": ((5, 2), _I32),
     "weights": ((5, 2), _F32),
     "out": ((5, 16), _BF16),
+    "slot_rows": ((10,), _I32),
+    "slot_of_row": ((5, 2), _I32),
+    "tiles": ((4, 4), _I32),
+    "num_tiles": ((1,), _I32),
+    "hidden": ((10, 64), _BF16),
+    "rows": ((10, 16), _BF16),
+    "row_divisor": 2,
+    "activation": 1,
+    "alpha": 0.0,
+    "beta": 0.0,
+    "limit": 7.0,
+    "tile_rows": 8,
+    "first_kernel": 0,
+    "first_variant": 2,
+    "first_split_k": 1,
+    "second_kernel": 0,
+    "second_variant": 2,
+    "second_split_k": 1,
 }
 _ROUTE = {
     "logits": ((5, 8), _F32),
@@ -137,7 +159,7 @@ _REFUSALS = [
     ("gemm", _GEMM, {}, "x must be in the memory of a CUDA device"),
     ("gemm", _GROUPED, {}, "x must be in the memory of a CUDA device"),
     ("permute", _PERMUTE, {}, "ids must be in the memory of a CUDA device"),
-    ("combine", _COMBINE, {}, "rows must be in the memory"),
+    ("moe", _MOE, {}, "first matmul: x must be in the memory"),
     ("route", _ROUTE, {}, "logits must be in the memory"),
     ("quantize", _QUANTIZE, {}, "x must be in the memory"),
     ("gemm", _GEMM, {"x": ((5, 64), _F32)}, "x must be bfloat16 [any, any], got float"),
@@ -199,14 +221,31 @@ _REFUSALS = [
         {"tile_rows": 0},
         "num_experts, tile_rows and row_divisor must be positive",
     ),
-    ("combine", _COMBINE, {"rows": ((10, 16), _F32)}, "rows must be bfloat16"),
+    ("moe", _MOE, {"second_kernel": 2}, "kernel must be 0 (mma) or 1 (wgmma)"),
+    ("moe", _MOE, {"ids": ((5, 3), _I32)}, "slot_rows must be int32 [15]"),
+    ("moe", _MOE, {"ids": ((5,), _I32)}, "ids must be int32 [any, any]"),
+    ("moe", _MOE, {"weights": ((2, 5), _F32)}, "weights must be float32 [5, 2]"),
+    ("moe", _MOE, {"out": ((5, 8), _BF16)}, "out must be bfloat16 [5, 16]"),
+    ("moe", _MOE, {"rows": ((10, 24), _BF16)}, "second matmul: out must be bfloat16"),
+    ("moe", _MOE, {"rows": ((10, 16), _F32)}, "rows must be bfloat16 [10, any]"),
     (
-        "combine",
-        _COMBINE,
-        {"weights": ((2, 5), _F32)},
-        "weights must be float32 [5, 2]",
+        "moe",
+        _MOE,
+        {"w13": ((3, 6, 32), _E4M3)},
+        "first matmul: w must be float8_e4m3fn",
     ),
-    ("combine", _COMBINE, {"out": ((5, 8), _BF16)}, "out must be bfloat16 [5, 16]"),
+    (
+        "moe",
+        _MOE,
+        {"w2": ((2, 16, 64), _E4M3)},
+        "second matmul: scales must be float8_e8m0fnu or uint8 [2, 16, 2]",
+    ),
+    (
+        "moe",
+        _MOE,
+        {"hidden": ((10, 32), _BF16)},
+        "first matmul: out must have at least",
+    ),
     ("route", _ROUTE, {"bias": ((5,), _F32)}, "bias must be float32 [8]"),
     ("route", _ROUTE, {"bias": ((8, 5), _F32)}, "bias must be float32 [5, 8]"),
     ("route", _ROUTE, {"num_groups": 3}, "num_groups must divide the experts"),
@@ -236,5 +275,5 @@ def test_what_the_functions_refuse(name, call, change, message, built):
         tvm_ffi.from_dlpack(jnp.zeros(*value)) if isinstance(value, tuple) else value
         for value in (call | change).values()
     ]
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}: {message}')}"):
+    with pytest.raises(ValueError, match=f"^{name}(: |, ){re.escape(message)}"):
         tvm_ffi.load_module(str(built))[name](*arguments)

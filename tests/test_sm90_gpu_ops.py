@@ -61,8 +61,7 @@ def test_a_layer_runs_the_kernels_under_jit(t):
     operands = moe_operands(t)
     run = jax.jit(moe)
     text = compiled(run, *operands)
-    for name in ("permute", "gemm", "combine"):
-        assert f"jmx8.sm90.{name}" in text
+    assert text.count("jmx8.sm90.moe") and "jmx8.sm90.gemm" not in text
     out, reference = run(*operands), mx_moe(*operands, implementation="xla")
     assert_bits_equal(out, run(*operands))
     error = np.linalg.norm(out.astype(jnp.float32) - reference.astype(jnp.float32))

@@ -183,10 +183,7 @@ def test_tiles_of_groups_are_those_of_permute(groups, m, tile_rows):
     ids = np.repeat(np.arange(groups, dtype=np.int32), m)[:, None]
     out = np.zeros(ids.size, np.int32), np.zeros(ids.shape, np.int32)
     expected, count = np.zeros((ids.size, 4), np.int32), np.zeros(1, np.int32)
-    workspace = np.zeros(4 * (ids.size + groups) + 1, np.uint8)
-    emulated_sm90.permute(
-        ids, *out, expected, count, workspace, groups, tile_rows, row_divisor=1
-    )
+    emulated_sm90.permute(ids, *out, expected, count, groups, tile_rows, row_divisor=1)
     as_sizes = lambda tiles: sorted(map(tuple, tiles[:, [0, 2]]))
     assert as_sizes(tiles) == as_sizes(expected[: count[0]])
     ends = np.cumsum(tiles[:, 2])

@@ -30,11 +30,11 @@ VERSION = "1"
 _MMA = {1: (1, 2, 3, 7), 8: (2, 4, 6, 7), 16: (4, 6, 7)}
 _MMA_FIRST = (2, 4, 6)
 _WGMMA = {
-    **dict.fromkeys((8, 16, 32), (0, 2)),
-    **{64: (0, 2, 4), 128: (2, 4), 256: (5,)},
+    **dict.fromkeys((8, 16), (0, 2)),
+    **{32: (0, 2, 6), 64: (0, 2, 4, 6), 128: (2, 4, 6), 256: (5,)},
 }
 _WGMMA_FIRST = (0, 2, 4, 5)
-_WGMMA_SPLIT_K = (1, 2, 4, 8)
+_WGMMA_SPLIT_K = (1, 2, 3, 4, 6, 8)
 
 
 def _compiled() -> Iterator[GemmConfig]:

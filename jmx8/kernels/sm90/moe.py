@@ -1,7 +1,8 @@
 """The backend "sm90" of `mx_moe`.
 
-Four kernels: the routed rows are sorted by expert; the first matmul gathers the tokens
-and applies the activation; the second one follows; and the rows of a token are summed.
+Four kernels in one call: the routed rows are sorted by expert; the first matmul gathers
+the tokens and applies the activation; the second one follows; and the rows of a token
+are summed. Each starts while the one before it ends.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..._mx_array import MXArray
-from .._ffi import Output
 from ..tactics import Tactic
 from ..xla_activation import Activation
 from . import configs, kernels, library
@@ -88,40 +88,25 @@ def run(
     activation's output and each expert's output are rounded to bfloat16. Two runs give
     the same bits.
     """
-    (num_experts, h, i), top_k = w2.shape, topk_ids.shape[1]
+    num_experts, h, _ = w2.shape
     pair = _default_configs(w2, topk_ids) if tactic is None else tactic[0]
     first, second = (GemmConfig(*config) for config in pair)
     weights = topk_weights.astype(jnp.float32)
     if apply_router_weight_on_input:
         x = (x.astype(jnp.float32)[:, None] * weights[..., None]).astype(x.dtype)
         x, weights = x.reshape(-1, h), None
-    slot_rows, slot_of_row, tiles, num_tiles = kernels.permute(
-        _as_int32(topk_ids, num_experts),
-        num_experts=num_experts,
-        tile_rows=first.tile_rows,
-        row_divisor=1 if apply_router_weight_on_input else top_k,
-    )
-    hidden = kernels.gemm(
+    return kernels.moe(
         _pad_last(x, w13.padding),
         w13,
         w13_bias,
-        Output((topk_ids.size, i), x.dtype),
-        first,
-        tiles=tiles,
-        num_tiles=num_tiles,
-        slot_rows=slot_rows,
-        activation=activation,
-    )
-    rows = kernels.gemm(
-        _pad_last(hidden, w2.padding),
         w2,
         w2_bias,
-        Output((topk_ids.size, h), x.dtype),
+        _as_int32(topk_ids, num_experts),
+        weights,
+        first,
         second,
-        tiles=tiles,
-        num_tiles=num_tiles,
+        activation=activation,
     )
-    return kernels.combine(rows, slot_of_row, weights)
 
 
 def _pad_last(a: Float[Array, "r k"], padding: int) -> Float[Array, "r padded"]:

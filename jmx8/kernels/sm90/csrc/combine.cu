@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 
 namespace jmx8 {
 namespace {
@@ -40,6 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t token = index / vectors_per_row;
   const uint32_t column = index - token * vectors_per_row;
   const size_t first = static_cast<size_t>(token) * top_k;
+  ptx::WaitForKernelBefore();
   float sum[kColumns] = {};
   for (int j = 0; j < top_k; j += kBatch) {
     uint4 v[kBatch];
@@ -77,10 +79,18 @@ const char* LaunchCombine(const Combine& p, cudaStream_t stream) {
     return "combine: out must have less than 2**34 elements.";
   }
   if (num_vectors == 0) return nullptr;
-  CombineKernel<<<CeilDiv<int>(num_vectors, kThreads), kThreads, 0, stream>>>(
-      static_cast<const uint4*>(p.rows), p.slot_of_row, p.weights,
-      static_cast<uint4*>(p.out), num_vectors, vectors_per_row, p.top_k);
-  return LaunchError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = CeilDiv<int>(num_vectors, kThreads);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  cudaLaunchAttribute early = EarlyStart();
+  config.attrs = &early;
+  config.numAttrs = p.starts_early;
+  const cudaError_t error = cudaLaunchKernelEx(
+      &config, CombineKernel, static_cast<const uint4*>(p.rows), p.slot_of_row,
+      p.weights, static_cast<uint4*>(p.out), static_cast<uint32_t>(num_vectors),
+      static_cast<uint32_t>(vectors_per_row), p.top_k);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace jmx8

@@ -1,165 +1,65 @@
 // The library's TVM-FFI functions: what kernels.h declares, of tensors whose dtypes and
-// shapes are checked here, since below they would be read, not refused.
-
-#include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/tvm_ffi.h>
+// shapes are checked here.
 
 #include <algorithm>
-#include <climits>
-#include <initializer_list>
-#include <string>
-#include <vector>
 
+#include "checker.h"
 #include "kernels.h"
 
 namespace jmx8 {
 namespace {
 
-namespace ffi = tvm::ffi;
-using ffi::Optional;
-using ffi::TensorView;
-
-constexpr DLDataType kBf16{kDLBfloat, 16, 1};
-constexpr DLDataType kF32{kDLFloat, 32, 1};
-constexpr DLDataType kInt32{kDLInt, 32, 1};
-constexpr DLDataType kUint8{kDLUInt, 8, 1};
-constexpr DLDataType kE4m3{kDLFloat8_e4m3fn, 8, 1};
-constexpr DLDataType kE8m0{kDLFloat8_e8m0fnu, 8, 1};
-constexpr int64_t kAny = -1;  // a size that is not checked
-
-std::string ToString(const int64_t* sizes, size_t count) {
-  std::string text = "[";
-  for (size_t i = 0; i < count; ++i) {
-    if (i > 0) text += ", ";
-    text += sizes[i] == kAny ? "any" : std::to_string(sizes[i]);
-  }
-  return text + "]";
-}
-
-std::string ToString(const TensorView& t) {
-  return std::string(ffi::DLDataTypeToString(t.dtype())) + " " +
-         ToString(t.shape().data(), t.shape().size());
-}
-
-// Checks the tensors of one call; the first that is wrong is named in a ValueError.
-class Checker {
- public:
-  explicit Checker(const char* function) : function_(function) {}
-
-  void True(bool holds, const std::string& what) const {
-    if (!holds) TVM_FFI_THROW(ValueError) << function_ << ": " << what << ".";
-  }
-
-  void Tensor(const char* name, const TensorView& t,
-              std::initializer_list<DLDataType> dtypes,
-              const std::vector<int64_t>& shape) {
-    bool ok = t.shape().size() == shape.size();
-    for (size_t i = 0; ok && i < shape.size(); ++i) {
-      ok = t.shape()[i] <= INT_MAX && (shape[i] == kAny || shape[i] == t.shape()[i]);
-    }
-    bool of_dtype = false;
-    std::string expected;
-    for (DLDataType dtype : dtypes) {
-      of_dtype |= t.dtype() == dtype;
-      if (!expected.empty()) expected += " or ";
-      expected += ffi::DLDataTypeToString(dtype);
-    }
-    True(ok && of_dtype, std::string(name) + " must be " + expected + " " +
-                             ToString(shape.data(), shape.size()) + ", got " +
-                             ToString(t));
-    True(t.IsContiguous(), std::string(name) + " must be contiguous");
-    tensors_.push_back({name, t.device()});
-  }
-
-  // Last, so that everything else is told on any machine.
-  cudaStream_t Stream() const {
-    const DLDevice device = tensors_.front().device;
-    for (const Seen& seen : tensors_) {
-      True(seen.device.device_type == kDLCUDA,
-           std::string(seen.name) + " must be in the memory of a CUDA device");
-      True(seen.device.device_id == device.device_id, std::string(seen.name) +
-                                                          " must be on the device of " +
-                                                          tensors_.front().name);
-    }
-    return static_cast<cudaStream_t>(
-        TVMFFIEnvGetStream(device.device_type, device.device_id));
-  }
-
-  int device_id() const { return tensors_.front().device.device_id; }
-
- private:
-  struct Seen {
-    const char* name;
-    DLDevice device;
-  };
-  const char* function_;
-  std::vector<Seen> tensors_;
+// What an expert's matmul has in place of a row of x for each row of the result.
+struct Slots {
+  Optional<TensorView> slot_rows, tiles, num_tiles;
 };
 
-// Launches what writes `num_outputs` elements, on the tensors' device and its stream.
-template <typename Launcher>
-void Launch(const Checker& check, int64_t num_outputs, Launcher launch) {
-  const cudaStream_t stream = check.Stream();
-  if (num_outputs == 0) return;
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  const bool elsewhere = before != check.device_id();
-  if (error == cudaSuccess && elsewhere) error = cudaSetDevice(check.device_id());
-  if (error != cudaSuccess) TVM_FFI_THROW(RuntimeError) << cudaGetErrorString(error);
-  const char* problem = launch(stream);
-  if (elsewhere) cudaSetDevice(before);
-  if (problem != nullptr) TVM_FFI_THROW(RuntimeError) << problem;
-}
-
-template <typename T>
-T* Data(const TensorView& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-template <typename T>
-T* Data(const Optional<TensorView>& t) {
-  return t.has_value() ? Data<T>(*t) : nullptr;
-}
+struct ActivationArguments {
+  int64_t number;
+  double alpha, beta, limit;
+};
 
 // Checks slot_rows, tiles and num_tiles against each other and the rows of x and out.
-void CheckSlots(Checker& check, const Optional<TensorView>& slot_rows,
-                const Optional<TensorView>& tiles,
-                const Optional<TensorView>& num_tiles, const Gemm& g) {
-  check.True(tiles.has_value() == num_tiles.has_value(),
+void SetSlots(Checker& check, const Slots& slots, Gemm& g) {
+  check.True(slots.tiles.has_value() == slots.num_tiles.has_value(),
              "tiles and num_tiles belong together");
-  if (tiles.has_value()) {
-    check.Tensor("tiles", *tiles, {kInt32}, {kAny, 4});
-    check.Tensor("num_tiles", *num_tiles, {kInt32}, {1});
+  if (slots.tiles.has_value()) {
+    check.Tensor("tiles", *slots.tiles, {kInt32}, {kAny, 4});
+    check.Tensor("num_tiles", *slots.num_tiles, {kInt32}, {1});
+    g.max_tiles = (*slots.tiles).size(0);
   }
-  if (slot_rows.has_value()) {
-    check.True(tiles.has_value(), "slot_rows must be None without tiles");
-    check.Tensor("slot_rows", *slot_rows, {kInt32}, {g.num_slots});
+  if (slots.slot_rows.has_value()) {
+    check.True(slots.tiles.has_value(), "slot_rows must be None without tiles");
+    check.Tensor("slot_rows", *slots.slot_rows, {kInt32}, {g.num_slots});
   } else {
     check.True(g.num_slots == g.num_x_rows, "out must have the rows of x, which are " +
                                                 std::to_string(g.num_x_rows) +
                                                 ", got " + std::to_string(g.num_slots));
   }
+  g.slot_rows = Data<int>(slots.slot_rows);
+  g.tiles = Data<Tile>(slots.tiles);
+  g.num_tiles = Data<int>(slots.num_tiles);
 }
 
-void ExportGemm(TensorView x, TensorView w, TensorView scales,
-                Optional<TensorView> bias, TensorView out,
-                Optional<TensorView> slot_rows, Optional<TensorView> tiles,
-                Optional<TensorView> num_tiles, int64_t activation, double alpha,
-                double beta, double limit, int64_t kernel, int64_t tile_rows,
-                int64_t variant, int64_t split_k) {
-  Checker check("gemm");
-  check.True(activation >= 0 && activation <= static_cast<int>(Activation::kRelu2),
+// Checks the tensors of a matmul against each other. A wide result has more columns
+// than are written, or as many.
+Gemm MakeGemm(Checker& check, TensorView x, TensorView w, TensorView scales,
+              Optional<TensorView> bias, TensorView out, bool is_wide,
+              const Slots& slots, const ActivationArguments& activation) {
+  check.True(activation.number >= 0 &&
+                 activation.number <= static_cast<int>(Activation::kRelu2),
              "activation must be the number of one");
-  const auto act = static_cast<Activation>(activation);
-  check.True(tile_rows >= 1 && tile_rows <= INT_MAX && split_k >= 1 &&
-                 split_k <= INT_MAX && variant >= 0 && variant <= INT_MAX,
-             "tile_rows and split_k must be positive, and variant not negative");
+  Gemm g{};
+  g.activation = static_cast<Activation>(activation.number);
+  g.alpha = activation.alpha;
+  g.beta = activation.beta;
+  g.limit = activation.limit;
+  const bool has_tiles = slots.tiles.has_value();
   check.Tensor("x", x, {kBf16}, {kAny, kAny});
   const int64_t k = x.size(1);
   check.True(k % 32 == 0, "x must have a multiple of 32 columns");
   // The axes of one weight matrix, and of each expert's.
-  std::vector<int64_t> axes{kAny};
-  if (tiles.has_value()) axes = {kAny, kAny};
+  std::vector<int64_t> axes(has_tiles ? 2 : 1, kAny);
   const auto with = [&axes](int64_t size) {
     std::vector<int64_t> shape = axes;
     shape.push_back(size);
@@ -170,11 +70,14 @@ void ExportGemm(TensorView x, TensorView w, TensorView scales,
   const int64_t n = axes.back();
   check.Tensor("scales", scales, {kE8m0, kUint8}, with(k / 32));
   if (bias.has_value()) check.Tensor("bias", *bias, {kBf16, kF32}, axes);
-  check.True(!IsGated(act) || n % 2 == 0,
+  const bool gated = IsGated(g.activation);
+  check.True(!gated || n % 2 == 0,
              "w must have an even number of rows for a gated activation");
-  check.Tensor("out", out, {kBf16, kF32}, {kAny, IsGated(act) ? n / 2 : n});
-
-  Gemm g{};
+  const int64_t columns = gated ? n / 2 : n;
+  check.Tensor("out", out, {kBf16, kF32}, {kAny, is_wide ? kAny : columns});
+  check.True(out.size(1) >= columns, "out must have at least " +
+                                         std::to_string(columns) + " columns, got " +
+                                         ToString(out));
   g.x = x.data_ptr();
   g.w = Data<uint8_t>(w);
   g.scales = Data<uint8_t>(scales);
@@ -186,33 +89,45 @@ void ExportGemm(TensorView x, TensorView w, TensorView scales,
   g.num_slots = out.size(0);
   g.n = n;
   g.k = k;
-  g.num_experts = tiles.has_value() ? axes.front() : 1;
-  g.slot_rows = Data<int>(slot_rows);
-  g.tiles = Data<Tile>(tiles);
-  g.num_tiles = Data<int>(num_tiles);
-  g.max_tiles = tiles.has_value() ? (*tiles).size(0) : 0;
-  g.activation = act;
-  g.alpha = alpha;
-  g.beta = beta;
-  g.limit = limit;
-  CheckSlots(check, slot_rows, tiles, num_tiles, g);
+  g.num_experts = has_tiles ? axes.front() : 1;
+  g.out_pitch = out.size(1);
+  SetSlots(check, slots, g);
+  return g;
+}
+
+void CheckConfig(const Checker& check, int64_t kernel, int64_t tile_rows,
+                 int64_t variant, int64_t split_k) {
+  check.True(tile_rows >= 1 && tile_rows <= INT_MAX && split_k >= 1 &&
+                 split_k <= INT_MAX && variant >= 0 && variant <= INT_MAX,
+             "tile_rows and split_k must be positive, and variant not negative");
+  check.True(kernel == 0 || kernel == 1, "kernel must be 0 (mma) or 1 (wgmma)");
+}
+
+const char* LaunchGemm(const Gemm& g, const GemmConfig& config, cudaStream_t stream) {
+  return config.kernel == 0 ? LaunchGemmMma(g, config, stream)
+                            : LaunchGemmWgmma(g, config, stream);
+}
+
+void ExportGemm(TensorView x, TensorView w, TensorView scales,
+                Optional<TensorView> bias, TensorView out,
+                Optional<TensorView> slot_rows, Optional<TensorView> tiles,
+                Optional<TensorView> num_tiles, int64_t activation, double alpha,
+                double beta, double limit, int64_t kernel, int64_t tile_rows,
+                int64_t variant, int64_t split_k) {
+  Checker check("gemm");
+  CheckConfig(check, kernel, tile_rows, variant, split_k);
+  const Gemm g = MakeGemm(check, x, w, scales, bias, out, false,
+                          {slot_rows, tiles, num_tiles},
+                          {activation, alpha, beta, limit});
   const GemmConfig config{static_cast<int>(kernel), static_cast<int>(tile_rows),
                           static_cast<int>(variant), static_cast<int>(split_k)};
-  check.True(kernel == 0 || kernel == 1, "kernel must be 0 (mma) or 1 (wgmma)");
-  Launch(check, out.numel(), [&](cudaStream_t stream) {
-    return kernel == 0 ? LaunchGemmMma(g, config, stream)
-                       : LaunchGemmWgmma(g, config, stream);
-  });
+  Launch(check, out.numel(),
+         [&](cudaStream_t stream) { return LaunchGemm(g, config, stream); });
 }
 
-int64_t ExportPermuteWorkspace(int64_t num_rows, int64_t num_experts) {
-  return PermuteWorkspace(num_rows, num_experts);
-}
-
-void ExportPermute(TensorView ids, TensorView slot_rows, TensorView slot_of_row,
-                   TensorView tiles, TensorView num_tiles, TensorView workspace,
-                   int64_t num_experts, int64_t tile_rows, int64_t row_divisor) {
-  Checker check("permute");
+Permute MakePermute(Checker& check, TensorView ids, TensorView slot_rows,
+                    TensorView slot_of_row, TensorView tiles, TensorView num_tiles,
+                    int64_t num_experts, int64_t tile_rows, int64_t row_divisor) {
   check.True(num_experts >= 1 && num_experts <= INT_MAX && tile_rows >= 1 &&
                  tile_rows <= INT_MAX && row_divisor >= 1 && row_divisor <= INT_MAX,
              "num_experts, tile_rows and row_divisor must be positive");
@@ -227,43 +142,98 @@ void ExportPermute(TensorView ids, TensorView slot_rows, TensorView slot_of_row,
                                              std::to_string(max_tiles) + " rows, got " +
                                              ToString(tiles));
   check.Tensor("num_tiles", num_tiles, {kInt32}, {1});
-  check.Tensor("workspace", workspace, {kUint8}, {kAny});
-  const int64_t bytes = PermuteWorkspace(num_rows, num_experts);
-  check.True(workspace.size(0) >= bytes, "workspace must have at least " +
-                                             std::to_string(bytes) + " bytes, got " +
-                                             ToString(workspace));
-  const Permute p{Data<int>(ids),
-                  static_cast<int>(ids.size(0)),
-                  static_cast<int>(ids.size(1)),
-                  static_cast<int>(num_experts),
-                  static_cast<int>(tile_rows),
-                  static_cast<int>(row_divisor),
-                  Data<int>(slot_rows),
-                  Data<int>(slot_of_row),
-                  Data<Tile>(tiles),
-                  Data<int>(num_tiles),
-                  workspace.data_ptr()};
+  return {Data<int>(ids),
+          static_cast<int>(ids.size(0)),
+          static_cast<int>(ids.size(1)),
+          static_cast<int>(num_experts),
+          static_cast<int>(tile_rows),
+          static_cast<int>(row_divisor),
+          Data<int>(slot_rows),
+          Data<int>(slot_of_row),
+          Data<Tile>(tiles),
+          Data<int>(num_tiles)};
+}
+
+void ExportPermute(TensorView ids, TensorView slot_rows, TensorView slot_of_row,
+                   TensorView tiles, TensorView num_tiles, int64_t num_experts,
+                   int64_t tile_rows, int64_t row_divisor) {
+  Checker check("permute");
+  const Permute p = MakePermute(check, ids, slot_rows, slot_of_row, tiles, num_tiles,
+                                num_experts, tile_rows, row_divisor);
   Launch(check, num_tiles.numel(), [&](cudaStream_t s) { return LaunchPermute(p, s); });
 }
 
-void ExportCombine(TensorView rows, TensorView slot_of_row,
-                   Optional<TensorView> weights, TensorView out) {
-  Checker check("combine");
-  check.Tensor("rows", rows, {kBf16}, {kAny, kAny});
-  check.Tensor("slot_of_row", slot_of_row, {kInt32}, {kAny, kAny});
+Combine MakeCombine(Checker& check, TensorView rows, TensorView slot_of_row,
+                    Optional<TensorView> weights, TensorView out) {
   const int64_t num_tokens = slot_of_row.size(0);
   const int64_t top_k = slot_of_row.size(1);
-  if (weights.has_value())
+  check.Tensor("rows", rows, {kBf16}, {num_tokens * top_k, kAny});
+  if (weights.has_value()) {
     check.Tensor("weights", *weights, {kF32}, {num_tokens, top_k});
+  }
   check.Tensor("out", out, {kBf16}, {num_tokens, rows.size(1)});
-  const Combine c{rows.data_ptr(),
-                  Data<int>(slot_of_row),
-                  Data<float>(weights),
-                  out.data_ptr(),
-                  static_cast<int>(num_tokens),
-                  static_cast<int>(top_k),
-                  static_cast<int>(rows.size(1))};
-  Launch(check, out.numel(), [&](cudaStream_t s) { return LaunchCombine(c, s); });
+  return {rows.data_ptr(),
+          Data<int>(slot_of_row),
+          Data<float>(weights),
+          out.data_ptr(),
+          static_cast<int>(num_tokens),
+          static_cast<int>(top_k),
+          static_cast<int>(rows.size(1)),
+          true};
+}
+
+// A whole layer of experts. One call, so that each kernel can start while the one
+// before it ends: weights are on their way before the rows that they multiply are there.
+void ExportMoe(TensorView x, TensorView w13, TensorView w13_scales,
+               Optional<TensorView> w13_bias, TensorView w2, TensorView w2_scales,
+               Optional<TensorView> w2_bias, TensorView ids,
+               Optional<TensorView> weights, TensorView out, TensorView slot_rows,
+               TensorView slot_of_row, TensorView tiles, TensorView num_tiles,
+               TensorView hidden, TensorView rows, int64_t row_divisor,
+               int64_t activation, double alpha, double beta, double limit,
+               int64_t tile_rows, int64_t first_kernel, int64_t first_variant,
+               int64_t first_split_k, int64_t second_kernel, int64_t second_variant,
+               int64_t second_split_k) {
+  Checker check("moe");
+  CheckConfig(check, first_kernel, tile_rows, first_variant, first_split_k);
+  CheckConfig(check, second_kernel, tile_rows, second_variant, second_split_k);
+  Checker of_first("moe, first matmul"), of_second("moe, second matmul");
+  Gemm first = MakeGemm(of_first, x, w13, w13_scales, w13_bias, hidden, true,
+                        {slot_rows, tiles, num_tiles}, {activation, alpha, beta, limit});
+  Gemm second = MakeGemm(of_second, hidden, w2, w2_scales, w2_bias, rows, false,
+                         {std::nullopt, tiles, num_tiles}, {0, 0, 0, 0});
+  check.True(first.num_experts == second.num_experts,
+             "w13 and w2 must have as many experts");
+  const Permute permute =
+      MakePermute(check, ids, slot_rows, slot_of_row, tiles, num_tiles,
+                  first.num_experts, tile_rows, row_divisor);
+  const Combine combine = MakeCombine(check, rows, slot_of_row, weights, out);
+  first.starts_early = second.starts_early = true;
+  const auto config = [&](int64_t kernel, int64_t variant, int64_t split_k) {
+    return GemmConfig{static_cast<int>(kernel), static_cast<int>(tile_rows),
+                      static_cast<int>(variant), static_cast<int>(split_k)};
+  };
+  const bool is_padded =
+      first.out_pitch > (IsGated(first.activation) ? first.n / 2 : first.n);
+  of_first.Stream();
+  of_second.Stream();
+  Launch(check, out.numel(), [&](cudaStream_t s) -> const char* {
+    if (is_padded) {  // what is multiplied by zeros must be finite
+      const size_t bytes = hidden.numel() * sizeof(uint16_t);
+      const cudaError_t error = cudaMemsetAsync(hidden.data_ptr(), 0, bytes, s);
+      if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
+    if (const char* problem = LaunchPermute(permute, s)) return problem;
+    if (const char* problem = LaunchGemm(
+            first, config(first_kernel, first_variant, first_split_k), s)) {
+      return problem;
+    }
+    if (const char* problem = LaunchGemm(
+            second, config(second_kernel, second_variant, second_split_k), s)) {
+      return problem;
+    }
+    return LaunchCombine(combine, s);
+  });
 }
 
 void ExportRoute(TensorView logits, Optional<TensorView> bias, TensorView ids,
@@ -322,8 +292,7 @@ void ExportQuantize(TensorView x, TensorView elements, TensorView scales) {
 }  // namespace jmx8
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm, jmx8::ExportGemm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(permute_workspace, jmx8::ExportPermuteWorkspace);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(permute, jmx8::ExportPermute);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, jmx8::ExportCombine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe, jmx8::ExportMoe);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, jmx8::ExportRoute);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, jmx8::ExportQuantize);

@@ -2,6 +2,7 @@
 //
 // Registers: GemmMma <= 152
 #include "gemm_mma.cuh"
+#include "launch.cuh"
 #include "tensor_map.h"
 
 namespace jmx8 {
@@ -58,9 +59,15 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
     cudaError_t error = cudaFuncSetAttribute(
         entry.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_bytes);
     if (error == cudaSuccess) {
-      entry.kernel<<<static_cast<unsigned>(row_blocks * tiles), entry.threads,
-                     entry.shared_bytes, stream>>>(g, map, row_blocks);
-      error = cudaGetLastError();
+      cudaLaunchConfig_t launch = {};
+      launch.gridDim = static_cast<unsigned>(row_blocks * tiles);
+      launch.blockDim = entry.threads;
+      launch.dynamicSmemBytes = entry.shared_bytes;
+      launch.stream = stream;
+      cudaLaunchAttribute early = EarlyStart();
+      launch.attrs = &early;
+      launch.numAttrs = g.starts_early;
+      error = cudaLaunchKernelEx(&launch, entry.kernel, g, map, row_blocks);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }

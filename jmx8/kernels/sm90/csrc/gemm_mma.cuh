@@ -275,6 +275,8 @@ struct Warp {
       int unit = first + i * S::kWarpsK;
       if (unit < units) CopyWeights(i, unit);
     }
+    ptx::WaitForKernelBefore();
+    ptx::LetNextKernelStart();
     FindActivations();
 #pragma unroll
     for (int i = 0; i < S::kStages; ++i) {
@@ -361,7 +363,7 @@ __device__ __forceinline__ void StoreBlock(const Gemm& g, const Block<S>& block,
     } else {
       sum = ApplyUngated(g.activation, sum);
     }
-    int64_t to = int64_t{block.tile.first_slot + slot} * block.num_rows + output_row;
+    int64_t to = int64_t{block.tile.first_slot + slot} * g.out_pitch + output_row;
     if (g.out_is_f32) {
       static_cast<float*>(g.out)[to] = sum;
     } else {
@@ -376,6 +378,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             int row_blocks) {
   extern __shared__ __align__(1024) uint8_t shared[];
   Block<S> block;
+  if (g.slot_rows) ptx::WaitForKernelBefore();
   int tile = blockIdx.x / row_blocks;
   if (g.tiles) {
     block.tile = g.tiles[tile];

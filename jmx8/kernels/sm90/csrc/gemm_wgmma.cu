@@ -56,12 +56,14 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kSharedBytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = split_k;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = split_k > 1;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (split_k > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(split_k), 1, 1};
+  }
+  if (g.starts_early) attributes[config.numAttrs++] = EarlyStart();
   error = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -100,6 +102,14 @@ const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t str
   JMX8_SHAPE(128, 4, 2, 2, 1, 64, 1)
   JMX8_SHAPE(256, 5, 1, 2, 1, 64, 1)
 #undef JMX8_SHAPE
+#define JMX8_DENSE_SHAPE(rows, variant_, ...)                                          \
+  if (c.tile_rows == rows && c.variant == variant_ && !gathers) {                      \
+    return Launch<Shape<rows, __VA_ARGS__, false>>(g, c.split_k, stream);              \
+  }
+  JMX8_DENSE_SHAPE(32, 6, 1, 3, 1, 128, 1)
+  JMX8_DENSE_SHAPE(64, 6, 1, 3, 1, 128, 1)
+  JMX8_DENSE_SHAPE(128, 6, 1, 3, 1, 64, 1)
+#undef JMX8_DENSE_SHAPE
   return "gemm_wgmma.cu has no such configuration";
 }
 

@@ -82,8 +82,8 @@ __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) value[j] = ApplyUngated(g.activation, value[j]);
     }
-    const int64_t out = int64_t{p.first_slot + row} * columns + p.n0 + n;
-    StoreColumns(g, out, count, columns % 8 == 0, value);
+    const int64_t out = int64_t{p.first_slot + row} * g.out_pitch + p.n0 + n;
+    StoreColumns(g, out, count, g.out_pitch % 8 == 0, value);
   }
 }
 
@@ -132,6 +132,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
     ptx::FenceBarrierInit();
   }
   __syncthreads();
+  if constexpr (S::kGathers) {
+    ptx::WaitForKernelBefore();
+    ptx::LetNextKernelStart();
+  }
   // The same in all lanes, as the compiler must know.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int first = blockIdx.x / a.split_k, stride = gridDim.x / a.split_k;

@@ -35,12 +35,12 @@ struct Gemm {
   const uint8_t* w;       // e4m3 [num_experts, n, k]
   const uint8_t* scales;  // e8m0 [num_experts, n, k / 32]
   const void* bias;       // [num_experts, n] or nullptr
-  void* out;              // [num_slots, n], or [num_slots, n / 2] if gated
+  void* out;              // [num_slots, out_pitch]; n columns, n / 2 if gated
   bool bias_is_f32;       // else bf16
   bool out_is_f32;        // else bf16
   int num_x_rows;
   int num_slots;          // a bound, if there are tiles
-  int n, k, num_experts;
+  int n, k, num_experts, out_pitch;
   // With experts; nullptr for one weight matrix, whose slots are the rows of x.
   const int* slot_rows;   // [num_slots] row of x that a slot reads; nullptr: its own
   const Tile* tiles;      // [max_tiles]
@@ -48,6 +48,9 @@ struct Gemm {
   int max_tiles;
   Activation activation;
   float alpha, beta, limit;  // of kSwiGluOai; limit is infinite for none
+  // Whether it may start before the kernel that was launched before it has ended. That
+  // one makes slot_rows and tiles if there are slot_rows, else x and nothing else.
+  bool starts_early;
 };
 
 // How a Gemm is computed. Kernels refuse what they were not compiled for.
@@ -74,9 +77,7 @@ struct Permute {
   int* slot_of_row;    // [num_tokens * top_k], -1 for ids outside the range
   Tile* tiles;         // [max_tiles]; an expert's tiles differ by at most 1 in size
   int* num_tiles;      // [1]
-  void* workspace;     // PermuteWorkspace(...) bytes, in any state
 };
-size_t PermuteWorkspace(int num_rows, int num_experts);
 const char* LaunchPermute(const Permute&, cudaStream_t);
 
 // out[t] = sum over j of weights[t, j] * rows[slot_of_row[t, j]], in float32, in the
@@ -87,6 +88,7 @@ struct Combine {
   const float* weights;     // [num_tokens, top_k]
   void* out;                // bf16 [num_tokens, hidden_size]
   int num_tokens, top_k, hidden_size;
+  bool starts_early;        // before the kernel before it, which makes rows, has ended
 };
 const char* LaunchCombine(const Combine&, cudaStream_t);
 

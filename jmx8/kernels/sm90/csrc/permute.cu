@@ -254,6 +254,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const unsigned end = min(first + 32 * plan.rows_per_thread, num_rows);
   const Rows rows{p.ids, first + lane, end, static_cast<unsigned>(p.num_experts)};
   int* next = shared.next_slot + threadIdx.x / 32 * p.num_experts;
+  ptx::LetNextKernelStart();
 
   for (int i = lane; i < p.num_experts; i += 32) next[i] = 0;
   __syncwarp();
@@ -311,9 +312,6 @@ const char* LaunchPlan(const Permute& p, const Plan& plan, cudaStream_t stream) 
 }
 
 }  // namespace
-
-// The kernel needs none.
-size_t PermuteWorkspace(int, int) { return 0; }
 
 const char* LaunchPermute(const Permute& p, cudaStream_t stream) {
   const int64_t num_rows = static_cast<int64_t>(p.num_tokens) * p.top_k;

@@ -53,6 +53,18 @@ __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Waits until the kernel before has ended, and what it wrote is there, if this one was
+// launched to start earlier.
+__device__ __forceinline__ void WaitForKernelBefore() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the next kernel start, if it is launched to start early, once all blocks of this
+// one have come here or ended.
+__device__ __forceinline__ void LetNextKernelStart() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Between ordinary accesses to shared memory and those of the copy engine and wgmma.
 __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

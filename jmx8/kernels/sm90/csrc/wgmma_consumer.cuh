@@ -25,6 +25,7 @@ struct Consumer {
   uint32_t extras[S::kBlocks][2];   // its ExtraFactor, if block_has_large
   bool has_large, block_has_large;  // whether any of the warp's scales is
   uint32_t offset;                  // of the lane's first pair in a stage
+  uint32_t pass = 0;                // which half of `Shared::passes` is next
 
   __device__ __forceinline__ explicit Consumer(int deep) {
     multiplied.Advance(deep * S::kPerWord);
@@ -212,10 +213,9 @@ struct Consumer {
                                               const Shared& s, int side) {
     const bool gated = IsGated(g.activation);
     const int columns = gated ? g.n / 2 : g.n;
-    const int row = Row(side);
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
-      const int n = p.n0 + b * kBlockN + row;
+      const int n = p.n0 + b * kBlockN + Row(side);
       const int n_of_second = n + (gated ? columns : S::kBoxN);
       const float bias[2] = {Bias(g, p.expert, n), Bias(g, p.expert, n_of_second)};
 #pragma unroll
@@ -234,39 +234,54 @@ struct Consumer {
           sums[b][i] = ApplyUngated(g.activation, sums[b][i]);
         }
       }
+    }
+    // Whole rows of the tile: what the warps have is transposed to [kPassRows, kN] in
+    // shared memory, twice, so that one is read while the other is written.
+#pragma unroll
+    for (int first = 0; first < S::kRows; first += S::kPassRows) {
+      if (first >= p.num_slots) break;
+      const uint32_t at = s.passes + pass * S::kPassBytes;
+      pass ^= 1;
+      PutColumns(at, first, side, gated);
+      ptx::NamedBarrier(3, S::kConsumers);
+      StoreRows(g, p, at, first, columns, gated);
+    }
+  }
+
+  // Of rows from `first` on the warp's columns, eight at a time.
+  __device__ __forceinline__ void PutColumns(uint32_t at, int first, int side,
+                                             bool gated) {
+    constexpr int kMatrices = S::kPassRows / 8;
+    const uint32_t row = threadIdx.x % S::kPassRows;
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
         if (box == 1 && gated) break;
-        StoreBox(g, p, s, b, box, n - threadIdx.x % 32 / 4 + box * S::kBoxN, columns);
+        const int n = box * S::kBoxN + b * kBlockN + side * 32 + threadIdx.x / 32 % 4 * 8;
+        uint32_t values[kMatrices];
+#pragma unroll
+        for (int m = 0; m < kMatrices; ++m) {
+          const int i = (first / 8 + m) * 4 + box * 2;
+          values[m] = ptx::PackBf16(sums[b][i], sums[b][i + 1]);
+        }
+        ptx::StoreTransposed(at + row * S::kPassPitch + n * 2, values);
       }
     }
   }
 
-  // Eight columns from n on of all rows: transposed by the warp, a row to each lane.
-  __device__ __forceinline__ void StoreBox(const Gemm& g, const Place& p,
-                                           const Shared& s, int b, int box, int n,
-                                           int columns) {
-    constexpr int kMatrices = S::kRows < 32 ? S::kRows / 8 : 4;
-    const int lane = threadIdx.x % 32;
-    const uint32_t at = s.transposed + threadIdx.x * 16;
-    const int count = min(8, columns - n);
-#pragma unroll
-    for (int first = 0; first < S::kRows; first += 8 * kMatrices) {
-      if (first >= p.num_slots) break;
-      uint32_t values[kMatrices];
-#pragma unroll
-      for (int m = 0; m < kMatrices; ++m) {
-        const int i = (first / 8 + m) * 4 + box * 2;
-        values[m] = ptx::PackBf16(sums[b][i], sums[b][i + 1]);
-      }
-      __syncwarp();
-      ptx::StoreTransposed(at, values);
-      __syncwarp();
-      const int row = first + lane;
-      if (lane < 8 * kMatrices && row < p.num_slots && count > 0) {
-        const int64_t to = int64_t{p.first_slot + row} * columns + n;
-        StoreEight(static_cast<__nv_bfloat16*>(g.out) + to, at, count,
-                   columns % 8 == 0);
+  __device__ __forceinline__ static void StoreRows(const Gemm& g, const Place& p,
+                                                   uint32_t at, int first, int columns,
+                                                   bool gated) {
+    const int per_row = (gated ? S::kBoxN : S::kN) / 8;
+    const int num_rows = min(S::kPassRows, p.num_slots - first);
+    for (int i = threadIdx.x; i < num_rows * per_row; i += S::kConsumers) {
+      const int row = i / per_row, n = i % per_row * 8;
+      const int count = min(8, columns - p.n0 - n);
+      const int64_t to = int64_t{p.first_slot + first + row} * g.out_pitch + p.n0 + n;
+      if (count > 0) {
+        StoreEight(static_cast<__nv_bfloat16*>(g.out) + to,
+                   at + row * S::kPassPitch + n * 2, count, g.out_pitch % 8 == 0);
       }
     }
   }

@@ -69,6 +69,7 @@ __device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
 template <class S>
 struct Producer {
   Ring<S> ring, words;
+  bool is_first = true;  // tile of this block
 
   __device__ __forceinline__ void Run(const Arguments& a, const Place& p,
                                       const Shared& s, const CUtensorMap* w_map,
@@ -78,21 +79,35 @@ struct Producer {
     // Weights that no other tile of rows reads should not displace the rest.
     const bool once = g.num_slots <= S::kRows * int64_t{g.num_experts};
     const uint64_t policy = once ? ptx::EvictFirstPolicy() : ptx::EvictNormalPolicy();
-    constexpr uint32_t kBytes = S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes);
+    const auto load_weights = [&](int stage, int k0) {
+      const uint32_t full = s.full + 8 * stage;
+      ptx::BarrierArriveExpect(full,
+                               S::kWeightBytes + (S::kGathers ? 0 : S::kRowBytes));
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        ptx::LoadTile3(s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK,
+                       w_map, full, k0, p.n0 + box * box_distance, p.expert, policy);
+      }
+    };
+    const int num_stages = p.num_words * S::kPerWord;
+    int loaded = 0;  // stages whose weights are under way before the rows are there
+    if (!S::kGathers && is_first) {
+      loaded = min(num_stages, S::kStages);
+      for (int i = 0; lane == 0 && i < loaded; ++i) {
+        load_weights(i, p.first_word * 128 + i * S::kK);
+      }
+      ptx::WaitForKernelBefore();
+      ptx::LetNextKernelStart();
+    }
+    is_first = false;
     const ScaleLoader<S> scales(g, p, a.scales_are_words, s.scales, lane);
     if constexpr (S::kGathers) FindRows(g, p, s, lane);
-    for (int i = 0; i < p.num_words * S::kPerWord; ++i) {
+    for (int i = 0; i < num_stages; ++i) {
       const int stage = ring.stage, k0 = p.first_word * 128 + i * S::kK;
       const uint32_t full = s.full + 8 * stage;
       ptx::BarrierWait(s.empty + 8 * stage, ring.turn ^ 1);
       if (lane == 0) {
-        ptx::BarrierArriveExpect(full, kBytes);
-#pragma unroll
-        for (int box = 0; box < 2; ++box) {
-          ptx::LoadTile3(
-              s.weights + stage * S::kWeightBytes + box * S::kBoxN * S::kK, w_map, full,
-              k0, p.n0 + box * box_distance, p.expert, policy);
-        }
+        if (i >= loaded) load_weights(stage, k0);
         if constexpr (!S::kGathers) LoadRows(p, s, x_map, full, k0);
       }
       if (k0 % 128 == 0) {

@@ -31,7 +31,12 @@ struct Shape {
   static constexpr int kRowBytes = kRows * kK * 2;
   static constexpr int kStageBytes = kWeightBytes + kRowBytes;
   static constexpr int kScaleBytes = kN * 4;  // 128 of k
-  static constexpr int kFixedBytes = 1024 + kRows * 4 + kConsumers * 16;
+  // Rows of the result that are put together in shared memory at a time.
+  static constexpr int kPassRows = kRows == 256 ? 32 : kRows >= 32 ? 16 : 8;
+  static constexpr int kPassPitch = (kN + 8) * 2;  // bytes; free of bank conflicts
+  static constexpr int kPassBytes = kPassRows * kPassPitch;
+  static constexpr int kFixedBytes =
+      1024 + kRows * 4 + (kDeep == 1 ? 2 * kPassBytes : 0);
   static constexpr int kBudget = 227 * 1024 / kOccupancy - kFixedBytes - 1024;
   static constexpr int kFit = kBudget / (kStageBytes + kScaleBytes);
   static constexpr int kStages = kFit < 12 ? kFit : 12;
@@ -94,7 +99,7 @@ __device__ bool FindPlace(const Arguments& a, int index, Place* place) {
 }
 
 struct Shared {
-  uint32_t weights, rows, scales, full, empty, slot_rows, transposed;
+  uint32_t weights, rows, scales, full, empty, slot_rows, passes;
 };
 
 template <class S>
@@ -103,7 +108,7 @@ __device__ Shared DivideShared(uint32_t base) {
   s.full = base;
   s.empty = base + 8 * S::kStages;
   s.slot_rows = base + 1024;
-  s.transposed = s.slot_rows + S::kRows * 4;
+  s.passes = s.slot_rows + S::kRows * 4;
   // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
   s.weights = (base + S::kFixedBytes + 1023) / 1024 * 1024;
   s.rows = s.weights + S::kStages * S::kWeightBytes;
