@@ -175,10 +175,10 @@ def permute(
         (rows,) = np.nonzero(ids.reshape(-1) == expert)
         slot_rows[slots : slots + rows.size] = rows // row_divisor
         slot_of_row.reshape(-1)[rows] = slots + np.arange(rows.size)
-        count = -(-rows.size // tile_rows)
-        for part in np.array_split(rows, count) if count else ():
-            tiles[made] = (expert, slots, part.size, 0)
-            slots, made = slots + part.size, made + 1
+        for first in range(0, rows.size, tile_rows):
+            size = min(tile_rows, rows.size - first)
+            tiles[made] = (expert, slots, size, 0)
+            slots, made = slots + size, made + 1
     num_tiles[0] = made
 
 

@@ -237,7 +237,7 @@ def test_permute_sorts_by_expert(e, rows, tile_rows):
     assert sorted(covered) == list(range(order.size))
     for expert in range(e):
         sizes = tiles[tiles[:, 0] == expert, 2]
-        assert sizes.size == 0 or sizes.max() - sizes.min() <= 1
+        assert np.all(sizes[:-1] == tile_rows)
         assert sizes.size == -(-np.sum(flat == expert) // tile_rows)
 
 

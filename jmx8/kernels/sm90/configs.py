@@ -23,7 +23,7 @@ class GemmConfig(NamedTuple):
 
 # What tactics that were measured belong to: changes when a configuration comes to mean
 # something else.
-VERSION = "1"
+VERSION = "2"
 
 # The variants of each number of tile rows, and those that a first expert matmul can
 # have, with a gather and a gate: of gemm_mma.cu and of gemm_wgmma.cu.
@@ -31,10 +31,10 @@ _MMA = {1: (1, 2, 3, 7), 8: (2, 4, 6, 7), 16: (4, 6, 7)}
 _MMA_FIRST = (2, 4, 6)
 _WGMMA = {
     **dict.fromkeys((8, 16), (0, 2)),
-    **{32: (0, 2, 6), 64: (0, 2, 4, 6), 128: (2, 4, 6), 256: (5,)},
+    **{32: (0, 2), 64: (0, 2, 4), 128: (2, 4, 6), 256: (5,)},
 }
 _WGMMA_FIRST = (0, 2, 4, 5)
-_WGMMA_SPLIT_K = (1, 2, 3, 4, 6, 8)
+_WGMMA_SPLIT_K = (1, 2, 4, 8)
 
 
 def _compiled() -> Iterator[GemmConfig]:

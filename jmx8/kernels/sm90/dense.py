@@ -103,9 +103,8 @@ def _product(x, w, bias, out_dtype, config):
 
 def _group_tiles(num_groups: int, m: int, tile_rows: int) -> np.ndarray:
     """Returns tiles `[tiles, 4]` of groups of m rows each, as `permute` makes them."""
-    count = -(-m // tile_rows)
-    edges = np.arange(count + 1) * m // count
-    group = np.repeat(np.arange(num_groups), count)
+    edges = np.append(np.arange(0, m, tile_rows), m)
+    group = np.repeat(np.arange(num_groups), edges.size - 1)
     first = np.tile(edges[:-1], num_groups) + group * m
     size = np.tile(np.diff(edges), num_groups)
     return np.stack([group, first, size, 0 * size], axis=1).astype(np.int32)

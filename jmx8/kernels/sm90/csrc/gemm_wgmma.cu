@@ -73,6 +73,7 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 // The variants, as `kN x kK`, warpgroups that share k, blocks per multiprocessor:
 //   0: 64 x 128, 2, 2                2: 128 x 128, 1, 2 (1 from 128 rows)
 //   4: 256 x 64, 1, 1                5: 128 x 64, 1, 1
+//   6: 192 x 64, 1, 1, for rows that are not gathered
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
   if (g.activation == Activation::kSilu) {  // a case of kSwiGluOai
     Gemm same = g;
@@ -102,14 +103,9 @@ const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t str
   JMX8_SHAPE(128, 4, 2, 2, 1, 64, 1)
   JMX8_SHAPE(256, 5, 1, 2, 1, 64, 1)
 #undef JMX8_SHAPE
-#define JMX8_DENSE_SHAPE(rows, variant_, ...)                                          \
-  if (c.tile_rows == rows && c.variant == variant_ && !gathers) {                      \
-    return Launch<Shape<rows, __VA_ARGS__, false>>(g, c.split_k, stream);              \
+  if (c.tile_rows == 128 && c.variant == 6 && !gathers) {
+    return Launch<Shape<128, 1, 3, 1, 64, 1, false>>(g, c.split_k, stream);
   }
-  JMX8_DENSE_SHAPE(32, 6, 1, 3, 1, 128, 1)
-  JMX8_DENSE_SHAPE(64, 6, 1, 3, 1, 128, 1)
-  JMX8_DENSE_SHAPE(128, 6, 1, 3, 1, 64, 1)
-#undef JMX8_DENSE_SHAPE
   return "gemm_wgmma.cu has no such configuration";
 }
 

@@ -75,7 +75,7 @@ struct Permute {
                        // token, 1 for the flat index itself
   int* slot_rows;      // [num_tokens * top_k]
   int* slot_of_row;    // [num_tokens * top_k], -1 for ids outside the range
-  Tile* tiles;         // [max_tiles]; an expert's tiles differ by at most 1 in size
+  Tile* tiles;         // [max_tiles]; all but an expert's last are full
   int* num_tiles;      // [1]
 };
 const char* LaunchPermute(const Permute&, cudaStream_t);

@@ -221,12 +221,9 @@ __device__ __forceinline__ int4 MakeTile(const Permute& p, const Shared& shared,
     }
   }
   const int first_tile = low == 0 ? 0 : shared.tile_end[low - 1];
-  const unsigned tiles = shared.tile_end[low] - first_tile;
-  const unsigned num_slots = shared.num_slots[low];
-  const int nth = index - first_tile, size = num_slots / tiles;
-  const int larger = num_slots - size * tiles;
-  return {low, shared.first_slot[low] + nth * size + min(nth, larger),
-          size + (nth < larger), 0};
+  const int before = (index - first_tile) * p.tile_rows;
+  return {low, shared.first_slot[low] + before,
+          min(p.tile_rows, shared.num_slots[low] - before), 0};
 }
 
 // There are at most 32 * kWarps = 2**kBits experts.

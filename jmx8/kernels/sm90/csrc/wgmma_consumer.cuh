@@ -40,9 +40,27 @@ struct Consumer {
     return side * 32 + threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
   }
 
-  // Two steps are under way: one is multiplied while the next is widened.
   __device__ __forceinline__ void Run(const Place& p, const Shared& s, int side,
                                       int deep) {
+    RunRows<S::kRowStep>(p, s, side, deep);
+  }
+
+  // Multiplies the first kRows_ rows if the tile has no more, else tries more.
+  template <int kRows_>
+  __device__ __forceinline__ void RunRows(const Place& p, const Shared& s, int side,
+                                          int deep) {
+    if constexpr (kRows_ < S::kRows) {
+      if (p.num_slots > kRows_) {
+        return RunRows<kRows_ + S::kRowStep>(p, s, side, deep);
+      }
+    }
+    Multiply<kRows_>(p, s, side, deep);
+  }
+
+  // Two steps are under way: one is multiplied while the next is widened.
+  template <int kRows_>
+  __device__ __forceinline__ void Multiply(const Place& p, const Shared& s, int side,
+                                           int deep) {
     const int row = Row(side);
     const uint32_t swizzle = S::kK == 128 ? row & 7 : row >> 1 & 3;
     offset = row * S::kK + (swizzle << 4) + threadIdx.x % 4 * 2;
@@ -75,8 +93,9 @@ struct Consumer {
         ptx::WgmmaFence();
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
-          ptx::Wgmma<S::kRows>(sums[b], a[j % kBuffers][b],
-                               rows + j % kSteps / 4 * S::kRows * 8 + j % 4 * 2);
+          ptx::Wgmma<kRows_>(reinterpret_cast<float (&)[kRows_ / 2]>(sums[b]),
+                             a[j % kBuffers][b],
+                             rows + j % kSteps / 4 * S::kRows * 8 + j % 4 * 2);
         }
         ptx::WgmmaCommit();
         if ((j + 2) % kSteps == 0) {

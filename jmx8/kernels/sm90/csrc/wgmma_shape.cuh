@@ -23,6 +23,9 @@ struct Shape {
   static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
   static constexpr int kProducers = kMovesRegisters ? 128 : kGathers ? 64 : 32;
   static constexpr int kThreads = kConsumers + kProducers;
+  // Multiples of this many rows are multiplied, not always kRows: more code, which only
+  // the shape for experts with many rows pays for.
+  static constexpr int kRowStep = kRows == 128 && kBlocks == 2 ? 32 : kRows;
   // Words of 128 of k without an end of the warpgroup's pipeline.
   static constexpr int kBodyWords = kRows == 256 ? 2 : 1;
 
