@@ -5,6 +5,7 @@ Operands are trusted below: whoever calls has validated shapes and dtypes.
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -158,7 +159,7 @@ def _bias(bias: Float[Array, "*e n"] | None) -> Float[Array, "*e n"] | None:
     return bias
 
 
-def _activation_parameters(activation: Activation | None) -> dict[str, int | float]:
+def _activation_parameters(activation: Activation | None) -> dict[str, Any]:
     """Returns what the functions are told of an activation; None for none."""
     if activation == "swigluoai":
         activation = SwiGLUOAI()
