@@ -33,7 +33,7 @@ def use(monkeypatch):
     _dispatch._vmappable.cache_clear()
     jitted = jax.jit(lambda x: sm90_quantize._quantize(x))
     monkeypatch.setattr(sm90_quantize, "_jitted", jitted)
-    for function in (gemm, moe, route, quantize):
+    for function in (gemm, permute, moe, route, quantize):
         name = function.__name__.upper()
         kernel = getattr(kernels, name)
 

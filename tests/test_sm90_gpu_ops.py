@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks._timing import kernel_times, replay_seconds
-from jmx8 import _numerics, explain, mx_matmul, mx_moe, quantize, route
+from jmx8 import _numerics, explain, mx_matmul, mx_moe, mx_ragged_dot, quantize, route
 from jmx8.kernels._ffi import Output
 from jmx8.kernels.sm90 import kernels
 
@@ -66,6 +66,18 @@ def test_a_layer_runs_the_kernels_under_jit(t):
     assert_bits_equal(out, run(*operands))
     error = np.linalg.norm(out.astype(jnp.float32) - reference.astype(jnp.float32))
     assert error <= 6e-3 * np.linalg.norm(reference.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("sizes", [(30, 0, 20, 1), (0, 0, 0, 0), (0, 64, 0, 0)])
+def test_ragged_dot_runs_the_kernels(sizes):
+    x, w, sizes = normal(0, 64, 256), quantize(normal(1, 4, 96, 256)), jnp.array(sizes)
+    run = jax.jit(functools.partial(mx_ragged_dot, implementation="sm90"))
+    assert "jmx8.sm90.permute" in compiled(run, x, w, sizes)
+    out, exact = run(x, w, sizes), mx_ragged_dot(x, w, sizes, implementation="xla")
+    assert_bits_equal(out, run(x, w, sizes))
+    np.testing.assert_array_equal(out[jnp.sum(sizes) :].astype(jnp.float32), 0)
+    error = np.linalg.norm(out.astype(jnp.float32) - exact.astype(jnp.float32))
+    assert error <= 3e-3 * np.linalg.norm(exact.astype(jnp.float32))
 
 
 def test_experts_elsewhere_contribute_nothing():

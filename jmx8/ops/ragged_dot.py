@@ -8,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from .._mx_array import MXArray
 from .._types import Implementation
 from ..kernels import xla_moe
+from ..kernels.sm90 import ragged_dot as sm90
 from . import _dispatch
 from .moe import check_dtype, merge_batch, shift_ids
 
@@ -26,7 +27,16 @@ _XLA = functools.partial(xla_moe.ragged_dot, quantize_activations=False)
 _XLA_W8A8 = functools.partial(xla_moe.ragged_dot, quantize_activations=True)
 
 _RAGGED_DOT = _dispatch.Op(
-    "mx_ragged_dot", (_dispatch.xla_backend(_XLA),), _fold, _XLA, (0, 2)
+    "mx_ragged_dot",
+    (
+        _dispatch.Backend(
+            "sm90", sm90.unsupported, sm90.run, "widens the weights in registers"
+        ),
+        _dispatch.xla_backend(_XLA),
+    ),
+    _fold,
+    _XLA,
+    (0, 2),
 )
 _RAGGED_DOT_W8A8 = _dispatch.Op(
     "mx_ragged_dot_w8a8", (_dispatch.xla_backend(_XLA_W8A8),), _fold, _XLA, (0, 2)

@@ -30,6 +30,13 @@ GEMM = _kernel(
         *("kernel", "tile_rows", "variant", "split_k"),
     ),
 )
+PERMUTE = _kernel(
+    "permute",
+    (
+        *("ids", "slot_rows", "slot_of_row", "tiles", "num_tiles"),
+        *("num_experts", "tile_rows", "row_divisor"),
+    ),
+)
 MOE = _kernel(
     "moe",
     (
@@ -55,6 +62,44 @@ _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 5}
 _SWIGLUOAI = 4
 
 
+def permute(
+    ids: Int[Array, "t k"], *, num_experts: int, tile_rows: int, row_divisor: int
+) -> tuple[Array, Array, Array, Array]:
+    """Sorts the routed rows by expert; ids outside `[0, num_experts)` get no slot.
+
+    Args:
+        ids: `[t, k]`, int32.
+        num_experts: Experts that are here.
+        tile_rows: The most slots that a tile has.
+        row_divisor: What the flat index of a routed row is divided by to give the row
+            of x that its slot reads.
+
+    Returns:
+        The row of x for each slot, the slot of each routed row (-1 for none), the
+        tiles, and their number, all int32.
+    """
+    slot_rows, slot_of_row, tiles, num_tiles = PERMUTE(
+        ids=ids,
+        **_places(ids, num_experts, tile_rows),
+        num_experts=num_experts,
+        tile_rows=tile_rows,
+        row_divisor=row_divisor,
+    )
+    return slot_rows, slot_of_row, tiles, num_tiles
+
+
+def _places(ids: Any, num_experts: int, tile_rows: int) -> dict[str, Any]:
+    """Returns what `permute` writes."""
+    # Each expert may have one tile that is not full, and no tile is empty.
+    max_tiles = min(ids.size, num_experts + ids.size // tile_rows)
+    return {
+        "slot_rows": Output((ids.size,), jnp.int32),
+        "slot_of_row": Output(ids.shape, jnp.int32),
+        "tiles": Output((max_tiles, 4), jnp.int32),
+        "num_tiles": Output((1,), jnp.int32),
+    }
+
+
 def gemm(
     x: Float[Array, "rows k"],
     w: MXArray,
@@ -64,6 +109,7 @@ def gemm(
     *,
     tiles: Int[Array, "tiles 4"] | None = None,
     num_tiles: Int[Array, "1"] | None = None,
+    slot_rows: Int[Array, " slots"] | None = None,
 ) -> Array:
     """Computes `x @ w.T + bias`, accumulated in float32.
 
@@ -71,10 +117,11 @@ def gemm(
         x: bfloat16.
         w: `[n, k]` (stored, so including padding), or `[e, n, k]` with `tiles`.
         bias: `[n]` or `[e, n]` of any float dtype, or None.
-        out: `[rows, n]`, bfloat16 or float32.
+        out: `[rows, n]`, or `[slots, n]` with `tiles`; bfloat16 or float32.
         config: How it is computed.
-        tiles: Which rows belong to which of the matrices, as in `csrc/kernels.h`.
+        tiles: Which slots belong to which of the matrices, see `permute`.
         num_tiles: How many of `tiles` are used.
+        slot_rows: The row of x that a slot reads; None for the slot's own.
     """
     (result,) = GEMM(
         x=x,
@@ -82,7 +129,7 @@ def gemm(
         scales=w.scales,
         bias=_bias(bias),
         out=out,
-        slot_rows=None,
+        slot_rows=slot_rows,
         tiles=tiles,
         num_tiles=num_tiles,
         **_activation_parameters(None),
@@ -121,8 +168,6 @@ def moe(
     """
     num_experts, h, _ = w2.shape
     num_rows = ids.size
-    # Each expert may have one tile that is not full, and no tile is empty.
-    max_tiles = min(num_rows, num_experts + num_rows // first.tile_rows)
     out, *_ = MOE(
         x=x,
         w13=w13.elements,
@@ -134,10 +179,7 @@ def moe(
         ids=ids,
         weights=weights,
         out=Output((ids.shape[0], h), x.dtype),
-        slot_rows=Output((num_rows,), jnp.int32),
-        slot_of_row=Output(ids.shape, jnp.int32),
-        tiles=Output((max_tiles, 4), jnp.int32),
-        num_tiles=Output((1,), jnp.int32),
+        **_places(ids, num_experts, first.tile_rows),
         hidden=Output((num_rows, w2.elements.shape[-1]), x.dtype),
         rows=Output((num_rows, h), x.dtype),
         row_divisor=num_rows // x.shape[0],

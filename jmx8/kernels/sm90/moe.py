@@ -18,7 +18,7 @@ from . import configs, kernels, library
 from .configs import GemmConfig, VERSION as VERSION
 
 
-_MOST_EXPERTS = 1024
+MOST_EXPERTS = 1024
 
 
 def unsupported(
@@ -42,8 +42,8 @@ def unsupported(
         return f"it multiplies bfloat16 activations, and x is {x.dtype}"
     if w2.shape[1] % 8:
         return f"it takes hidden sizes that are multiples of 8, not {w2.shape[1]}"
-    if w2.shape[0] > _MOST_EXPERTS:
-        return f"it sorts by at most {_MOST_EXPERTS} experts, not {w2.shape[0]}"
+    if w2.shape[0] > MOST_EXPERTS:
+        return f"it sorts by at most {MOST_EXPERTS} experts, not {w2.shape[0]}"
     if topk_ids.size == 0 or w13.size == 0:
         return "there is nothing to compute"
     if topk_ids.size >= 1 << 31:
@@ -101,7 +101,7 @@ def run(
         w13_bias,
         w2,
         w2_bias,
-        _as_int32(topk_ids, num_experts),
+        as_int32(topk_ids, num_experts),
         weights,
         first,
         second,
@@ -113,7 +113,7 @@ def _pad_last(a: Float[Array, "r k"], padding: int) -> Float[Array, "r padded"]:
     return jnp.pad(a, [(0, 0), (0, padding)]) if padding else a
 
 
-def _as_int32(ids: Int[Array, "t k"], num_experts: int) -> Int[Array, "t k"]:
+def as_int32(ids: Int[Array, "t k"], num_experts: int) -> Int[Array, "t k"]:
     """Returns the ids as int32; those outside the range stay outside."""
     if ids.dtype.itemsize >= 4 and ids.dtype != jnp.int32:
         # Before the cast, which could wrap one into the range.
