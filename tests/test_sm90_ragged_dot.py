@@ -1,4 +1,4 @@
-"""`mx_ragged_dot` through the functions of `jmx8.kernels.sm90`, emulated on the host."""
+"""`mx_ragged_dot` through the functions of `jmx8.kernels.sm90`, emulated."""
 
 import jax
 import jax.numpy as jnp

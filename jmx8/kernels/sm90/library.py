@@ -33,7 +33,8 @@ def why_not_here() -> str | None:
         )
     if problem := adapter_unavailable():
         return problem
-    if _build.find() is not None:
+    # Looking for it takes a millisecond, and each trace of an op asks.
+    if load.cache_info().currsize or _build.find() is not None:
         return None
     problem = _build.unbuildable()
     return problem and (
