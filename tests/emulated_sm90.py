@@ -27,7 +27,6 @@ _POISON = 0x7FFFFFFF
 
 def use(monkeypatch):
     """Makes the kernels these functions; returns the list of calls, (name, given)."""
-    calls = []
     monkeypatch.setattr(library, "why_not_here", lambda: None)
     # Without the traces of other tests, which hold other functions.
     _dispatch._vmappable.cache_clear()
@@ -35,20 +34,26 @@ def use(monkeypatch):
     monkeypatch.setattr(sm90_quantize, "_jitted", jitted)
     for function in (gemm, permute, moe, route, quantize):
         name = function.__name__.upper()
-        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, _emulated(getattr(kernels, name), function))
+    _calls.clear()
+    return _calls
 
-        def called(*arguments, function=function, names=kernel.arguments):
-            given = dict(zip(names, arguments, strict=True))
-            is_tensor = lambda a: isinstance(a, tvm_ffi.Tensor)
-            function(**{k: host(a) if is_tensor(a) else a for k, a in given.items()})
-            of_tensor = lambda a: (str(a.dtype), tuple(a.shape))
-            noted = {k: of_tensor(a) if is_tensor(a) else a for k, a in given.items()}
-            calls.append((function.__name__, noted))
 
-        load = functools.partial(tvm_ffi.convert, called)
-        replaced = dataclasses.replace(kernel, load=load, platform="cpu")
-        monkeypatch.setattr(kernels, name, replaced)
-    return calls
+_calls: list[tuple[str, dict[str, Any]]] = []
+
+
+@functools.cache  # of what can be registered there are 1024 in a process
+def _emulated(kernel, function):
+    def called(*arguments):
+        given = dict(zip(kernel.arguments, arguments, strict=True))
+        is_tensor = lambda a: isinstance(a, tvm_ffi.Tensor)
+        function(**{k: host(a) if is_tensor(a) else a for k, a in given.items()})
+        of_tensor = lambda a: (str(a.dtype), tuple(a.shape))
+        noted = {k: of_tensor(a) if is_tensor(a) else a for k, a in given.items()}
+        _calls.append((function.__name__, noted))
+
+    load = functools.partial(tvm_ffi.convert, called)
+    return dataclasses.replace(kernel, load=load, platform="cpu")
 
 
 def one_device_mesh(name: str) -> jax.sharding.Mesh:
