@@ -28,7 +28,7 @@ _POISON = 0x7FFFFFFF
 def use(monkeypatch):
     """Makes the kernels these functions; returns the list of calls, (name, given)."""
     monkeypatch.setattr(library, "why_not_here", lambda: None)
-    # Without the traces of other tests, which hold other functions.
+    # Without the traces of tests that do not emulate.
     _dispatch._vmappable.cache_clear()
     jitted = jax.jit(lambda x: sm90_quantize._quantize(x))
     monkeypatch.setattr(sm90_quantize, "_jitted", jitted)

@@ -13,13 +13,11 @@ import pytest
 from jmx8 import dequantize, quantize_params, quantized
 from jmx8._mx_array import quantize
 from jmx8.convert._walk import walk
-from jmx8.kernels import tactics
 
 from .convert_helpers import is_mx
 
 
 pytest.importorskip("jax_tvm_ffi")
-from . import emulated_sm90
 from .emulated_sm90 import assert_close, names_of, normal
 
 
@@ -42,12 +40,6 @@ PRODUCTS = {
     "groups": (lambda x, w: jnp.einsum("gtd,gfd->gtf", x, w), (3, 5, 96), GROUPS),
     "vmap": (lambda x, w: jax.vmap(lambda v: v @ w)(x), (5, 96), KERNEL),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch, tmp_path):
-    monkeypatch.setattr(tactics, "path", lambda: tmp_path / "tactics.json")
-    return emulated_sm90.use(monkeypatch)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -13,7 +13,6 @@ from jmx8 import (
     mx_matmul,
 )
 from jmx8._mx_array import quantize as reference_quantize
-from jmx8.kernels import tactics
 from jmx8.kernels.sm90 import configs, dense
 from jmx8.nn import MXLinear
 
@@ -26,12 +25,6 @@ from .emulated_sm90 import assert_close, names_of, normal, one_device_mesh
 
 
 pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture
-def calls(monkeypatch, tmp_path):
-    monkeypatch.setattr(tactics, "path", lambda: tmp_path / "tactics.json")
-    return emulated_sm90.use(monkeypatch)
 
 
 class TestMatmul:

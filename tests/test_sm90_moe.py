@@ -12,24 +12,16 @@ from jmx8 import (
     SwiGLUOAI,
 )
 from jmx8._mx_array import quantize as reference_quantize
-from jmx8.kernels import tactics
 from jmx8.kernels.sm90 import configs
 
 from .helpers import assert_bits_equal
 
 
 pytest.importorskip("jax_tvm_ffi")
-from . import emulated_sm90
 from .emulated_sm90 import assert_close, names_of, normal, one_device_mesh
 
 
 pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture
-def calls(monkeypatch, tmp_path):
-    monkeypatch.setattr(tactics, "path", lambda: tmp_path / "tactics.json")
-    return emulated_sm90.use(monkeypatch)
 
 
 E, H, I, T, K = 6, 64, 96, 9, 3

@@ -12,16 +12,10 @@ from .helpers import assert_bits_equal
 
 
 pytest.importorskip("jax_tvm_ffi")
-from . import emulated_sm90
 from .emulated_sm90 import assert_close, names_of, normal
 
 
 pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return emulated_sm90.use(monkeypatch)
 
 
 def run(x, w, sizes, implementation=None, **options):
