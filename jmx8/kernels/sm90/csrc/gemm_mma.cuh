@@ -8,51 +8,10 @@
 // add up their sums.
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include "activation.cuh"
-#include "bias.cuh"
-#include "kernels.h"
-#include "ptx.cuh"
+#include "mma_block.cuh"
 #include "widen.cuh"
 
 namespace jmx8::mma {
-
-constexpr int kUnit = 128;  // columns of k that a warp copies at a time
-
-// kSlots: rows of x per thread block; a power of two, 8 of them make one mma.
-template <int kWarps_, int kWarpsK_, int kWeightTiles_, int kStages_, int kSlots_>
-struct Shape {
-  static constexpr int kWarps = kWarps_, kWarpsK = kWarpsK_, kStages = kStages_;
-  static constexpr int kWeightTiles = kWeightTiles_, kSlots = kSlots_;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kRowGroups = kWarps / kWarpsK;
-  static constexpr int kWarpRows = kWeightTiles * 16;
-  static constexpr int kRows = kRowGroups * kWarpRows;
-  static constexpr int kSlotTiles = (kSlots + 7) / 8;
-  static constexpr int kActivationCopies = (kSlots + 1) / 2;
-  static constexpr int kScaleCopies = (kWarpRows + 31) / 32;
-  // A warp's part of shared memory: stages of elements, which the copy engine wants
-  // aligned to 1024 bytes; stages of activations and scales; a barrier for each stage.
-  // A row has 8 bytes of scales, as the four that are needed may lie across two words.
-  static constexpr int kBarrierBytes = 16;
-  static constexpr int kTileBytes = 16 * kUnit;
-  static constexpr int kElementBytes = kWeightTiles * kTileBytes;
-  static constexpr int kActivationBytes = kSlots * kUnit * 2;
-  static constexpr int kOtherBytes = kActivationBytes + kWarpRows * 8 + kBarrierBytes;
-  static constexpr int kSharedBytes = kWarps * kStages * (kElementBytes + kOtherBytes);
-  // Sums of one mma: slots of 16 rows, padded so that a warp's stores hit all banks.
-  static constexpr int kSumPitch = 20;
-  static constexpr int kSumBytes = kWeightTiles * kSlotTiles * 8 * kSumPitch * 4;
-  static constexpr int kBlocksBySharedMemory = 233472 / (kSharedBytes + 1024);
-  static constexpr int kBlocksByRegisters =
-      65536 / (kThreads * (kWeightTiles * kSlotTiles >= 8 ? 168 : 128));
-  static constexpr int kBlocks = kBlocksBySharedMemory < kBlocksByRegisters
-                                     ? kBlocksBySharedMemory
-                                     : kBlocksByRegisters;
-  static constexpr bool kFits = kBlocks >= 1;
-  static_assert(kWarps % kWarpsK == 0 && kSumBytes <= kStages * kElementBytes);
-};
 
 __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
                                     uint32_t b0, uint32_t b1) {
@@ -61,26 +20,6 @@ __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// What a thread block works on. Gated: weight tiles alternate between rows of the gate
-// and the same rows of up, so one block has all that the activation needs.
-template <typename S>
-struct Block {
-  Tile tile;
-  int first_row, num_rows;  // of the output
-  bool gated;
-
-  __device__ __forceinline__ int OutputRow(int group, int weight_tile) const {
-    int tiles = group * S::kWeightTiles + weight_tile;
-    return first_row + (gated ? tiles / 2 : tiles) * 16;
-  }
-
-  // May be past the last row: whatever is multiplied there is not stored.
-  __device__ __forceinline__ int WeightRow(int group, int weight_tile) const {
-    int row = OutputRow(group, weight_tile);
-    return gated && weight_tile % 2 ? num_rows + row : row;
-  }
-};
 
 // One warp's copies and products.
 template <typename S>
@@ -198,7 +137,7 @@ struct Warp {
 #pragma unroll
     for (int i = 0; i < S::kActivationCopies; ++i) {
       if (i * 2 + row >= tile.num_slots) break;
-      ptx::CopyAsync16(to + i * 512, x[i] + unit * kUnit * 2, bytes);
+      ptx::CopyAsync16Cached(to + i * 512, x[i] + unit * kUnit * 2, bytes);
     }
   }
 
@@ -324,53 +263,6 @@ struct Warp {
     }
   }
 };
-
-// Adds up, in a fixed order, what the warps that share rows have summed.
-template <typename S>
-__device__ __forceinline__ float AddUp(const uint8_t* shared, int group, int tile,
-                                       int slot, int row) {
-  int at = (tile * S::kSlotTiles * 8 + slot) * S::kSumPitch + row;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < S::kWarpsK; ++i) {
-    int warp = group * S::kWarpsK + i;
-    const uint8_t* sums = shared + warp * S::kStages * S::kElementBytes;
-    sum += reinterpret_cast<const float*>(sums)[at];
-  }
-  return sum;
-}
-
-template <typename S>
-__device__ __forceinline__ void StoreBlock(const Gemm& g, const Block<S>& block,
-                                           const uint8_t* shared) {
-  int tiles_per_output = block.gated ? 2 : 1;
-  int output_tiles = S::kRowGroups * S::kWeightTiles / tiles_per_output;
-  int slots = block.tile.num_slots;
-  int64_t bias_row = int64_t{block.tile.expert} * g.n;
-  for (int i = threadIdx.x; i < output_tiles * slots * 16; i += S::kThreads) {
-    int row = i % 16, slot = i / 16 % slots;
-    int weight_tile = i / 16 / slots * tiles_per_output;
-    int group = weight_tile / S::kWeightTiles;
-    weight_tile %= S::kWeightTiles;
-    int output_row = block.OutputRow(group, weight_tile) + row;
-    if (output_row >= block.num_rows) continue;
-    float sum = AddUp<S>(shared, group, weight_tile, slot, row);
-    if (g.bias) sum += LoadBias(g, bias_row + output_row);
-    if (block.gated) {
-      float up = AddUp<S>(shared, group, weight_tile + 1, slot, row);
-      if (g.bias) up += LoadBias(g, bias_row + block.num_rows + output_row);
-      sum = ApplyGated(g.activation, sum, up, g.alpha, g.beta, g.limit);
-    } else {
-      sum = ApplyUngated(g.activation, sum);
-    }
-    int64_t to = int64_t{block.tile.first_slot + slot} * g.out_pitch + output_row;
-    if (g.out_is_f32) {
-      static_cast<float*>(g.out)[to] = sum;
-    } else {
-      static_cast<__nv_bfloat16*>(g.out)[to] = __float2bfloat16_rn(sum);
-    }
-  }
-}
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)

@@ -127,6 +127,14 @@ __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from,
                : "memory");
 }
 
+// The same through the first cache: blocks of one multiprocessor may read it, too.
+__device__ __forceinline__ void CopyAsync16Cached(uint32_t to, const void* from,
+                                                  uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
