@@ -115,7 +115,7 @@ class Places(NamedTuple):
     num_tiles: torch.Tensor
 
 
-def _empty_places(ids, num_experts, tile_rows) -> Places:
+def empty_places(ids, num_experts, tile_rows) -> Places:
     num_rows = ids.numel()
     max_tiles = min(num_rows, num_experts + num_rows // tile_rows)
     shapes = ((num_rows,), tuple(ids.shape), (max_tiles, 4), (1,))
@@ -123,7 +123,7 @@ def _empty_places(ids, num_experts, tile_rows) -> Places:
 
 
 def permute(ids, num_experts, tile_rows, row_divisor) -> Places:
-    places = _empty_places(ids, num_experts, tile_rows)
+    places = empty_places(ids, num_experts, tile_rows)
     call("permute", ids, *places, num_experts, tile_rows, row_divisor)
     return places
 
@@ -137,7 +137,7 @@ def moe(operands, configs, activation="silu", biases=(None, None)):
         "moe",
         *(x, w13.elements, w13.scales, biases[0], w2.elements, w2.scales, biases[1]),
         *(ids, weights, out),
-        *_empty_places(ids, num_experts, first.tile_rows),
+        *empty_places(ids, num_experts, first.tile_rows),
         *(empty((ids.numel(), i)), empty((ids.numel(), h))),
         *(ids.shape[1], *activation_parameters(activation), first.tile_rows),
         *(first.kernel, first.variant, first.split_k),

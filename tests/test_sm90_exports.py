@@ -64,7 +64,7 @@ def test_plain_name_of_a_kernel(mangled, name):
 def test_functions_are_there(built):
     tvm_ffi = pytest.importorskip("tvm_ffi")
     module = tvm_ffi.load_module(str(built))
-    for name in ("gemm", "permute", "moe", "route", "quantize"):
+    for name in ("gemm", "permute", "mix", "moe", "route", "quantize"):
         assert module[name] is not None
 
 
@@ -139,6 +139,9 @@ _MOE = {
     "second_variant": 2,
     "second_split_k": 1,
 }
+_MIXED_FIRST = {"first_kernel": 1, "first_variant": 8}
+_MIXED_SECOND = {"second_kernel": 1, "second_variant": 8}
+_MIX = {"x": ((5, 128), _BF16), "out": ((5, 128), _BF16)}
 _ROUTE = {
     "logits": ((5, 8), _F32),
     "bias": ((8,), _F32),
@@ -246,6 +249,18 @@ _REFUSALS = [
         {"hidden": ((10, 32), _BF16)},
         "first matmul: out must have at least",
     ),
+    ("moe", _MOE, _MIXED_FIRST, "a first matmul of mixed rows needs split_k 1, and a"),
+    ("moe", _MOE, _MIXED_SECOND, "a second matmul of mixed rows needs a first one"),
+    ("moe", _MOE, _MIXED_FIRST | _MIXED_SECOND, "rows must have room for x"),
+    (
+        "moe",
+        _MOE | {"x": ((5, 96), _BF16), "w13": ((3, 80, 96), _E4M3)},
+        {"w13_scales": ((3, 80, 3), _E8M0)} | _MIXED_FIRST | _MIXED_SECOND,
+        "x and hidden must have multiples of 64 columns",
+    ),
+    ("mix", _MIX, {}, "x must be in the memory of a CUDA device"),
+    ("mix", _MIX, {"out": ((5, 64), _BF16)}, "out must be bfloat16 [5, 128]"),
+    ("mix", {"x": ((5, 96), _BF16), "out": ((5, 96), _BF16)}, {}, "x must have a mul"),
     ("route", _ROUTE, {"bias": ((5,), _F32)}, "bias must be float32 [8]"),
     ("route", _ROUTE, {"bias": ((8, 5), _F32)}, "bias must be float32 [5, 8]"),
     ("route", _ROUTE, {"num_groups": 3}, "num_groups must divide the experts"),

@@ -18,7 +18,6 @@ from . import sm90_calls as calls
 
 pytestmark = pytest.mark.gpu(9)
 
-CHOSEN_PAIRS = configs.moe_candidates()
 ALL_PAIRS = [
     (first, second)
     for first in configs.FIRST_CONFIGS
@@ -171,8 +170,33 @@ def test_moe_layers(activation, bias):
             torch.randn(12, 192 if gated else 96, generator=generator).cuda(),
             torch.randn(12, 160, generator=generator).cuda().bfloat16(),
         )
-        for pair in CHOSEN_PAIRS:
+        for pair in configs.moe_candidates(160, 96):
             check_moe(operands, pair, activation, biases if bias else (None, None))
+
+
+@pytest.mark.parametrize("activation", calls.ACTIVATIONS)
+@pytest.mark.parametrize("pair", configs.MIXED_PAIRS, ids=lambda pair: name_of(pair[0]))
+def test_layers_of_mixed_columns(pair, activation):
+    generator = generator_of(6)
+    gated = activation != "relu2"
+    for t, h, i in ((1, 64, 64), (5, 192, 128), (70, 128, 320), (700, 256, 64)):
+        operands = random_moe(generator, t, 6, 3, h, i, gated)
+        biases = (
+            torch.randn(6, 2 * i if gated else i, generator=generator).cuda(),
+            torch.randn(6, h, generator=generator).cuda().bfloat16(),
+        )
+        check_moe(operands, pair, activation, biases if t % 2 else (None, None))
+
+
+def test_mix_moves_the_columns_of_each_64():
+    x = calls.random_rows(generator_of(7), 37, 320)
+    out = calls.empty(x.shape)
+    calls.call("mix", x, out)
+    c, s, h, e = torch.meshgrid(*map(torch.arange, (4, 4, 2, 2)), indexing="ij")
+    columns, places = 16 * c + 4 * s + 2 * h + e, 16 * s + 8 * h + 2 * c + e
+    expected = torch.empty_like(x).reshape(37, 5, 64)
+    expected[..., places.reshape(-1)] = x.reshape(37, 5, 64)[..., columns.reshape(-1)]
+    assert torch.equal(out, expected.reshape(37, 320))
 
 
 @pytest.mark.parametrize("where", ["one", "few", "none"])
@@ -185,7 +209,7 @@ def test_full_and_empty_experts(where, t):
     else:
         ids = torch.full_like(ids, 39 if where == "one" else 40)
     operands = (x, w13, w2, ids, weights)
-    for pair in CHOSEN_PAIRS:
+    for pair in configs.moe_candidates(128, 64):
         out = calls.moe(operands, pair)
         calls.assert_moe_close(out, operands)
         assert where != "none" or not out.any()

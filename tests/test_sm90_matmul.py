@@ -156,7 +156,9 @@ class TestConfigs:
         for entry in table["dense"]:
             assert tuple(entry["config"]) in configs.CONFIGS
         for first, second in map(configs._pair, table["moe"]):
-            assert first in configs.FIRST_CONFIGS and second in configs.CONFIGS
+            assert (first, second) in configs.MIXED_PAIRS or (
+                first in configs.FIRST_CONFIGS and second in configs.CONFIGS
+            )
             assert first.tile_rows == second.tile_rows
 
     def test_small_products_have_one_tile(self):
@@ -168,6 +170,21 @@ class TestConfigs:
     def test_moe_configs_share_their_tiles(self, num_rows):
         first, second = configs.moe_configs(num_rows, 128, 2048, 768)
         assert first.tile_rows == second.tile_rows
+
+    @pytest.mark.parametrize("h, i", [(2048, 760), (2040, 768), (96, 96)])
+    def test_only_whole_groups_of_columns_are_mixed(self, h, i):
+        assert any(p in configs.MIXED_PAIRS for p in configs.moe_candidates(2048, 768))
+        for pair in configs.moe_candidates(h, i):
+            assert pair not in configs.MIXED_PAIRS
+        for num_rows in (1, 1000, 1 << 20):
+            pair = configs.moe_configs(num_rows, 128, h, i)
+            assert pair not in configs.MIXED_PAIRS
+            assert pair[0] in configs.FIRST_CONFIGS and pair[1] in configs.CONFIGS
+
+    @pytest.mark.parametrize("num_rows", [1, 1000, 1 << 20])
+    def test_a_ragged_dot_is_not_mixed(self, num_rows):
+        config = configs.ragged_config(num_rows, 128, 1536, 2048)
+        assert config in configs.FIRST_CONFIGS
 
 
 @pytest.mark.parametrize("groups, m, tile_rows", [(1, 1, 8), (3, 17, 8), (2, 16, 16)])

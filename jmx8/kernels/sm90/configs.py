@@ -30,10 +30,14 @@ VERSION = "2"
 _MMA = {1: (1, 2, 3, 7), 8: (2, 4, 6, 7), 16: (4, 6, 7)}
 _MMA_FIRST = (2, 4, 6)
 _WGMMA = {
-    **dict.fromkeys((8, 16, 32), (0, 2)),
-    **{64: (0, 2, 4), 128: (2, 4, 6), 256: (5,)},
+    **{8: (0, 2), 16: (0, 2), 32: (0, 2, 6)},
+    **{64: (0, 2, 4, 6), 128: (0, 2, 4, 6), 256: (5,)},
 }
 _WGMMA_FIRST = (0, 2, 4, 5)
+# With the columns of their activations mixed, which only both matmuls of a layer can
+# have: the variant 4 of each number of tile rows in another form.
+_MIXED, _UNMIXED = 8, 4
+MIXED_PAIRS = tuple((GemmConfig(1, rows, _MIXED, 1),) * 2 for rows in (64, 128))
 _WGMMA_SPLIT_K = (1, 2, 4, 8)
 
 
@@ -60,6 +64,11 @@ def dense_config(m: int, n: int, k: int) -> GemmConfig:
     return GemmConfig(*best["config"])
 
 
+def ragged_config(num_rows: int, num_experts: int, n: int, k: int) -> GemmConfig:
+    """Returns the configuration of a layer's first half, of weights `[e, n, k]`."""
+    return _unmixed(moe_configs(num_rows, num_experts, k, n // 2)[0])
+
+
 def moe_configs(
     num_rows: int, num_experts: int, h: int, i: int
 ) -> tuple[GemmConfig, GemmConfig]:
@@ -75,7 +84,7 @@ def moe_configs(
     # What counts is how full the tiles are.
     rows = max(1, num_rows) / num_experts
     (best, *_) = _nearest(entries, rows, lambda e: e["rows_per_expert"])
-    return _pair(best)
+    return _possible(_pair(best), h, i)
 
 
 def dense_candidates() -> list[GemmConfig]:
@@ -83,11 +92,18 @@ def dense_candidates() -> list[GemmConfig]:
     return _distinct(GemmConfig(*e["config"]) for e in _table()["dense"])
 
 
-def moe_candidates() -> list[tuple[GemmConfig, GemmConfig]]:
-    """Returns the pairs that go together of those that are the fastest somewhere."""
-    firsts, seconds = map(_distinct, zip(*map(_pair, _table()["moe"]), strict=True))
-    pairs = itertools.product(firsts, seconds)
-    return [(a, b) for a, b in pairs if a.tile_rows == b.tile_rows]
+def moe_candidates(h: int, i: int) -> list[tuple[GemmConfig, GemmConfig]]:
+    """Returns the pairs that go together of those that are the fastest somewhere.
+
+    Args:
+        h: Hidden size.
+        i: Intermediate size.
+    """
+    fastest = [_possible(_pair(entry), h, i) for entry in _table()["moe"]]
+    mixed = [pair for pair in fastest if pair in MIXED_PAIRS]
+    firsts, seconds = zip(*(p for p in fastest if p not in MIXED_PAIRS), strict=True)
+    pairs = itertools.product(_distinct(firsts), _distinct(seconds))
+    return _distinct([p for p in pairs if p[0].tile_rows == p[1].tile_rows] + mixed)
 
 
 @functools.cache
@@ -98,6 +114,21 @@ def _table() -> dict[str, Any]:
 
 def _pair(entry: dict[str, Any]) -> tuple[GemmConfig, GemmConfig]:
     return GemmConfig(*entry["first"]), GemmConfig(*entry["second"])
+
+
+def _possible(
+    pair: tuple[GemmConfig, GemmConfig], h: int, i: int
+) -> tuple[GemmConfig, GemmConfig]:
+    """Returns the pair without mixing if there are no whole groups of 64 columns."""
+    if h % 64 == 0 and i % 64 == 0:
+        return pair
+    first, second = map(_unmixed, pair)
+    return first, second
+
+
+def _unmixed(config: GemmConfig) -> GemmConfig:
+    is_mixed = config.kernel == 1 and config.variant == _MIXED
+    return config._replace(variant=_UNMIXED) if is_mixed else config
 
 
 def _rows(entry: dict[str, Any]) -> int:

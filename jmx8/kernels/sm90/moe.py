@@ -2,7 +2,8 @@
 
 Four kernels in one call: the routed rows are sorted by expert; the first matmul gathers
 the tokens and applies the activation; the second one follows; and the rows of a token
-are summed. Each starts while the one before it ends.
+are summed. Each starts while the one before it ends. For some configurations a fifth
+mixes the columns of the tokens while the rows are sorted.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def tactics(
     """
     del x, w13, operands, options
     default = _default_configs(w2, topk_ids)
-    others = (pair for pair in configs.moe_candidates() if pair != default)
+    _, h, i = w2.shape
+    others = (pair for pair in configs.moe_candidates(h, i) if pair != default)
     return ((default, *others),)
 
 

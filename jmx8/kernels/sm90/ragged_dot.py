@@ -29,7 +29,7 @@ def run(
     Accumulated in float32. Two runs give the same bits.
     """
     num_groups, n, k = w.shape
-    config, _ = configs.moe_configs(ids.size, num_groups, k, n)
+    config = configs.ragged_config(ids.size, num_groups, n, k)
     slot_rows, slot_of_row, tiles, num_tiles = kernels.permute(
         as_int32(ids, num_groups),
         num_experts=num_groups,

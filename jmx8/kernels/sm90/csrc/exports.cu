@@ -95,12 +95,14 @@ Gemm MakeGemm(Checker& check, TensorView x, TensorView w, TensorView scales,
   return g;
 }
 
-void CheckConfig(const Checker& check, int64_t kernel, int64_t tile_rows,
-                 int64_t variant, int64_t split_k) {
+GemmConfig MakeConfig(const Checker& check, int64_t kernel, int64_t tile_rows,
+                      int64_t variant, int64_t split_k) {
   check.True(tile_rows >= 1 && tile_rows <= INT_MAX && split_k >= 1 &&
                  split_k <= INT_MAX && variant >= 0 && variant <= INT_MAX,
              "tile_rows and split_k must be positive, and variant not negative");
   check.True(kernel == 0 || kernel == 1, "kernel must be 0 (mma) or 1 (wgmma)");
+  return {static_cast<int>(kernel), static_cast<int>(tile_rows),
+          static_cast<int>(variant), static_cast<int>(split_k)};
 }
 
 const char* LaunchGemm(const Gemm& g, const GemmConfig& config, cudaStream_t stream) {
@@ -115,12 +117,10 @@ void ExportGemm(TensorView x, TensorView w, TensorView scales,
                 double beta, double limit, int64_t kernel, int64_t tile_rows,
                 int64_t variant, int64_t split_k) {
   Checker check("gemm");
-  CheckConfig(check, kernel, tile_rows, variant, split_k);
+  const GemmConfig config = MakeConfig(check, kernel, tile_rows, variant, split_k);
   const Gemm g = MakeGemm(check, x, w, scales, bias, out, false,
                           {slot_rows, tiles, num_tiles},
                           {activation, alpha, beta, limit});
-  const GemmConfig config{static_cast<int>(kernel), static_cast<int>(tile_rows),
-                          static_cast<int>(variant), static_cast<int>(split_k)};
   Launch(check, out.numel(),
          [&](cudaStream_t stream) { return LaunchGemm(g, config, stream); });
 }
@@ -182,6 +182,29 @@ Combine MakeCombine(Checker& check, TensorView rows, TensorView slot_of_row,
           true};
 }
 
+void ExportMix(TensorView x, TensorView out) {
+  Checker check("mix");
+  check.Tensor("x", x, {kBf16}, {kAny, kAny});
+  check.Tensor("out", out, {kBf16}, {x.size(0), x.size(1)});
+  check.True(x.size(1) % 64 == 0, "x must have a multiple of 64 columns");
+  const Mix m{x.data_ptr(), out.data_ptr(), x.numel(), false};
+  Launch(check, out.numel(), [&](cudaStream_t s) { return LaunchMix(m, s); });
+}
+
+// Lets both matmuls have mixed rows: x is mixed to where the second result will be.
+Mix MixRows(const Checker& check, const GemmConfig& first_config,
+            const GemmConfig& second_config, TensorView x, TensorView rows,
+            Gemm& first, Gemm& second) {
+  check.True(TakesMixed(second_config) && first_config.split_k == 1,
+             "a first matmul of mixed rows needs split_k 1, and a second one of them");
+  check.True(first.k % 64 == 0 && second.k % 64 == 0,
+             "x and hidden must have multiples of 64 columns to be mixed");
+  check.True(rows.numel() >= x.numel(), "rows must have room for x");
+  first.x = rows.data_ptr();
+  first.out_is_mixed = true;
+  return {x.data_ptr(), rows.data_ptr(), x.numel(), true};
+}
+
 // A whole layer of experts. One call, so that each kernel can start while the one
 // before it ends: weights are on their way before the rows that they multiply are there.
 void ExportMoe(TensorView x, TensorView w13, TensorView w13_scales,
@@ -195,8 +218,10 @@ void ExportMoe(TensorView x, TensorView w13, TensorView w13_scales,
                int64_t first_split_k, int64_t second_kernel, int64_t second_variant,
                int64_t second_split_k) {
   Checker check("moe");
-  CheckConfig(check, first_kernel, tile_rows, first_variant, first_split_k);
-  CheckConfig(check, second_kernel, tile_rows, second_variant, second_split_k);
+  const GemmConfig first_config =
+      MakeConfig(check, first_kernel, tile_rows, first_variant, first_split_k);
+  const GemmConfig second_config =
+      MakeConfig(check, second_kernel, tile_rows, second_variant, second_split_k);
   Checker of_first("moe, first matmul"), of_second("moe, second matmul");
   Gemm first = MakeGemm(of_first, x, w13, w13_scales, w13_bias, hidden, true,
                         {slot_rows, tiles, num_tiles}, {activation, alpha, beta, limit});
@@ -208,11 +233,12 @@ void ExportMoe(TensorView x, TensorView w13, TensorView w13_scales,
       MakePermute(check, ids, slot_rows, slot_of_row, tiles, num_tiles,
                   first.num_experts, tile_rows, row_divisor);
   const Combine combine = MakeCombine(check, rows, slot_of_row, weights, out);
+  const bool mixes = TakesMixed(first_config);
+  check.True(mixes || !TakesMixed(second_config),
+             "a second matmul of mixed rows needs a first one of them");
+  Mix mix{};
+  if (mixes) mix = MixRows(check, first_config, second_config, x, rows, first, second);
   first.starts_early = second.starts_early = true;
-  const auto config = [&](int64_t kernel, int64_t variant, int64_t split_k) {
-    return GemmConfig{static_cast<int>(kernel), static_cast<int>(tile_rows),
-                      static_cast<int>(variant), static_cast<int>(split_k)};
-  };
   const bool is_padded =
       first.out_pitch > (IsGated(first.activation) ? first.n / 2 : first.n);
   of_first.Stream();
@@ -223,16 +249,11 @@ void ExportMoe(TensorView x, TensorView w13, TensorView w13_scales,
       const cudaError_t error = cudaMemsetAsync(hidden.data_ptr(), 0, bytes, s);
       if (error != cudaSuccess) return cudaGetErrorString(error);
     }
-    if (const char* problem = LaunchPermute(permute, s)) return problem;
-    if (const char* problem = LaunchGemm(
-            first, config(first_kernel, first_variant, first_split_k), s)) {
-      return problem;
-    }
-    if (const char* problem = LaunchGemm(
-            second, config(second_kernel, second_variant, second_split_k), s)) {
-      return problem;
-    }
-    return LaunchCombine(combine, s);
+    const char* problem = LaunchPermute(permute, s);
+    if (!problem && mixes) problem = LaunchMix(mix, s);
+    if (!problem) problem = LaunchGemm(first, first_config, s);
+    if (!problem) problem = LaunchGemm(second, second_config, s);
+    return problem ? problem : LaunchCombine(combine, s);
   });
 }
 
@@ -293,6 +314,7 @@ void ExportQuantize(TensorView x, TensorView elements, TensorView scales) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm, jmx8::ExportGemm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(permute, jmx8::ExportPermute);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(mix, jmx8::ExportMix);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe, jmx8::ExportMoe);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, jmx8::ExportRoute);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, jmx8::ExportQuantize);

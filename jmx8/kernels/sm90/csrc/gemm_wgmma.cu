@@ -35,7 +35,7 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   a.scales_are_words = g.k % 128 == 0 && IsAligned(g.scales, 4);
   const int columns = IsGated(g.activation) ? g.n / 2 : g.n;
   const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;
-  a.num_n_tiles = (columns + tile_n - 1) / tile_n;
+  a.num_n_tiles = CeilDiv(columns, tile_n);
   a.num_row_tiles =
       g.tiles != nullptr ? g.max_tiles : (g.num_slots + S::kRows - 1) / S::kRows;
   if (g.tiles == nullptr) a.group_rows = a.num_row_tiles < 8 ? a.num_row_tiles : 8;
@@ -71,9 +71,10 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 }  // namespace
 
 // The variants, as `kN x kK`, warpgroups that share k, blocks per multiprocessor:
-//   0: 64 x 128, 2, 2                2: 128 x 128, 1, 2 (1 from 128 rows)
-//   4: 256 x 64, 1, 1                5: 128 x 64, 1, 1
-//   6: 192 x 64, 1, 1, for rows that are not gathered
+//   0: 64 x 128, 2, 2 (1 from 128 rows)          2: 128 x 128, 1, 2 (the same)
+//   4: 256 x 64, 1, 1                            8: the same, mixed
+//   5: 128 x 64, 1, 1
+//   6: 192 x 128 (64 from 128 rows), 1, 1, for rows that are not gathered
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
   if (g.activation == Activation::kSilu) {  // a case of kSwiGluOai
     Gemm same = g;
@@ -86,26 +87,34 @@ const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t str
   if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
   const bool gathers = g.slot_rows != nullptr;
 #define JMX8_SHAPE(rows, variant_, ...)                                                \
+  if (c.tile_rows == rows && c.variant == variant_ && !gathers) {                      \
+    return Launch<Shape<rows, __VA_ARGS__, false>>(g, c.split_k, stream);              \
+  }
+#define JMX8_SHAPES(rows, variant_, ...)                                               \
+  JMX8_SHAPE(rows, variant_, __VA_ARGS__)                                              \
   if (c.tile_rows == rows && c.variant == variant_) {                                  \
-    return gathers ? Launch<Shape<rows, __VA_ARGS__, true>>(g, c.split_k, stream)      \
-                   : Launch<Shape<rows, __VA_ARGS__, false>>(g, c.split_k, stream);    \
+    return Launch<Shape<rows, __VA_ARGS__, true>>(g, c.split_k, stream);               \
   }
-  JMX8_SHAPE(8, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(8, 2, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(16, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(16, 2, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(32, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(32, 2, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(64, 0, 1, 1, 2, 128, 2)
-  JMX8_SHAPE(64, 2, 1, 2, 1, 128, 2)
-  JMX8_SHAPE(64, 4, 2, 2, 1, 64, 1)
-  JMX8_SHAPE(128, 2, 1, 2, 1, 128, 1)
-  JMX8_SHAPE(128, 4, 2, 2, 1, 64, 1)
-  JMX8_SHAPE(256, 5, 1, 2, 1, 64, 1)
+  JMX8_SHAPES(8, 0, 8, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPES(8, 2, 8, 1, 2, 1, 128, 2, false)
+  JMX8_SHAPES(16, 0, 16, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPES(16, 2, 16, 1, 2, 1, 128, 2, false)
+  JMX8_SHAPES(32, 0, 32, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPES(32, 2, 32, 1, 2, 1, 128, 2, false)
+  JMX8_SHAPE(32, 6, 32, 1, 3, 1, 128, 1, false)
+  JMX8_SHAPES(64, 0, 64, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPES(64, 2, 64, 1, 2, 1, 128, 2, false)
+  JMX8_SHAPES(64, 4, 64, 2, 2, 1, 64, 1, false)
+  JMX8_SHAPE(64, 6, 64, 1, 3, 1, 128, 1, false)
+  JMX8_SHAPES(64, 8, 32, 2, 2, 1, 64, 1, true)
+  JMX8_SHAPES(128, 0, 128, 1, 1, 2, 128, 1, false)
+  JMX8_SHAPES(128, 2, 128, 1, 2, 1, 128, 1, false)
+  JMX8_SHAPES(128, 4, 32, 2, 2, 1, 64, 1, false)
+  JMX8_SHAPE(128, 6, 128, 1, 3, 1, 64, 1, false)
+  JMX8_SHAPES(128, 8, 32, 2, 2, 1, 64, 1, true)
+  JMX8_SHAPES(256, 5, 256, 1, 2, 1, 64, 1, false)
 #undef JMX8_SHAPE
-  if (c.tile_rows == 128 && c.variant == 6 && !gathers) {
-    return Launch<Shape<128, 1, 3, 1, 64, 1, false>>(g, c.split_k, stream);
-  }
+#undef JMX8_SHAPES
   return "gemm_wgmma.cu has no such configuration";
 }
 

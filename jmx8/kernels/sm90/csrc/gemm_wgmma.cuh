@@ -54,23 +54,34 @@ __device__ __forceinline__ void StoreColumns(const Gemm& g, int64_t at, int coun
   for (int j = 0; j < count; ++j) out[j] = __float2bfloat16_rn(v[j]);
 }
 
-template <class S>
+// The same where mix.cu would move them, in a row of multiples of 64.
+__device__ __forceinline__ void StoreMixed(const Gemm& g, int64_t row, int n,
+                                           const float (&v)[8]) {
+  auto* out = static_cast<__nv_bfloat16*>(g.out) + row;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    const int column = n + j, c = column / 16 % 4, s = column / 4 % 4;
+    const int to = column / 64 * 64 + 16 * s + 8 * (column / 2 % 2) + 2 * c;
+    *reinterpret_cast<uint32_t*>(out + to) = ptx::PackBf16(v[j], v[j + 1]);
+  }
+}
+
+template <class S, bool kGated>
 __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
   const Gemm& g = a.gemm;
-  const bool gated = IsGated(g.activation);
-  const int columns = gated ? g.n / 2 : g.n;  // of the result
-  const int per_row = (gated ? S::kBoxN : S::kN) / 8;
-  const int rank = blockIdx.x % a.split_k;
-  const int num_rows = (p.num_slots - rank + a.split_k - 1) / a.split_k;
-  for (int i = threadIdx.x; i < num_rows * per_row; i += S::kConsumers) {
-    const int row = i / per_row * a.split_k + rank, n = i % per_row * 8;
+  const int columns = kGated ? g.n / 2 : g.n;  // of the result
+  constexpr int kPerRow = (kGated ? S::kBoxN : S::kN) / 8;
+  const int rank = a.split_k == 1 ? 0 : blockIdx.x % a.split_k;
+  for (int i = threadIdx.x;; i += S::kConsumers) {
+    const int row = i / kPerRow * a.split_k + rank, n = i % kPerRow * 8;
+    if (row >= p.num_slots) break;
     const int count = min(8, columns - p.n0 - n);
     if (count <= 0) continue;
     const uint32_t at = partials + 4 * (row * S::kPitch + n);
     float value[8];
     SumPartials<S>(at, a.split_k, value);
     AddBias(g, p.expert, p.n0 + n, count, value);
-    if (gated) {
+    if constexpr (kGated) {
       float up[8];
       SumPartials<S>(at + 4 * S::kBoxN, a.split_k, up);
       AddBias(g, p.expert, columns + p.n0 + n, count, up);
@@ -82,8 +93,12 @@ __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) value[j] = ApplyUngated(g.activation, value[j]);
     }
-    const int64_t out = int64_t{p.first_slot + row} * g.out_pitch + p.n0 + n;
-    StoreColumns(g, out, count, g.out_pitch % 8 == 0, value);
+    const int64_t out = int64_t{p.first_slot + row} * g.out_pitch;
+    if (S::kMixed && g.out_is_mixed) {
+      StoreMixed(g, out, p.n0 + n, value);
+    } else {
+      StoreColumns(g, out + p.n0 + n, count, g.out_pitch % 8 == 0, value);
+    }
   }
 }
 
@@ -113,7 +128,11 @@ __device__ __forceinline__ void Consume(const Arguments& a, const Place& p,
   } else {
     ptx::NamedBarrier(1, S::kConsumers);
   }
-  Finish<S>(a, p, s.weights);
+  if (IsGated(a.gemm.activation)) {
+    Finish<S, true>(a, p, s.weights);
+  } else {
+    Finish<S, false>(a, p, s.weights);
+  }
   __syncwarp();
 }
 

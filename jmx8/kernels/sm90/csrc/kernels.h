@@ -38,6 +38,7 @@ struct Gemm {
   void* out;              // [num_slots, out_pitch]; n columns, n / 2 if gated
   bool bias_is_f32;       // else bf16
   bool out_is_f32;        // else bf16
+  bool out_is_mixed;      // as Mix mixes; of the configurations that take mixed rows
   int num_x_rows;
   int num_slots;          // a bound, if there are tiles
   int n, k, num_experts, out_pitch;
@@ -61,6 +62,11 @@ struct GemmConfig {
   int split_k;    // thread blocks that share one output tile, each with a part of k
 };
 
+// Whether the columns of x, and of a following matmul's x, must be mixed.
+inline bool TakesMixed(const GemmConfig& config) {
+  return config.kernel == 1 && config.variant == 8;
+}
+
 const char* LaunchGemmMma(const Gemm&, const GemmConfig&, cudaStream_t);
 const char* LaunchGemmWgmma(const Gemm&, const GemmConfig&, cudaStream_t);
 
@@ -79,6 +85,15 @@ struct Permute {
   int* num_tiles;      // [1]
 };
 const char* LaunchPermute(const Permute&, cudaStream_t);
+
+// out: x with its columns mixed, see mix.cu.
+struct Mix {
+  const void* x;  // bf16 [num_elements], of rows of a multiple of 64
+  void* out;      // the same
+  int64_t num_elements;
+  bool starts_early;  // before the kernel before it, which must not make x, has ended
+};
+const char* LaunchMix(const Mix&, cudaStream_t);
 
 // out[t] = sum over j of weights[t, j] * rows[slot_of_row[t, j]], in float32, in the
 // order of j; slots of -1 count nothing. weights nullptr: ones.

@@ -3,28 +3,24 @@
 
 #include <cuda_bf16.h>
 
+#include <type_traits>
+
 #include "activation.cuh"
 #include "bias.cuh"
-#include "wgmma_shape.cuh"
-#include "widen.cuh"
+#include "wgmma_weights.cuh"
 
 namespace jmx8::wgmma {
 
 template <class S>
 struct Consumer {
+  using Weights =
+      std::conditional_t<S::kMixed, MixedWeights<S>, OrderedWeights<S>>;
   static constexpr int kSteps = S::kK / 16;  // of one stage
-  static constexpr int kBlockN = 32 * S::kSide;
   static constexpr int kBuffers = S::kRows == 256 ? 3 : 2;
+  static constexpr bool kLoadsFirst = S::kRows < 256;  // was measured
 
   Ring<S> multiplied, loaded, words;
   float sums[S::kBlocks][S::kRows / 2];
-  uint32_t pairs[2][S::kBlocks][4]; // the bytes of two steps
-  uint32_t codes[S::kBlocks][2];    // scales of one of four blocks of 32, by the lane
-  uint32_t fast[S::kBlocks][2];     // their FastFactor
-  uint32_t factors[S::kBlocks][2];  // of the block that is widened next
-  uint32_t extras[S::kBlocks][2];   // its ExtraFactor, if block_has_large
-  bool has_large, block_has_large;  // whether any of the warp's scales is
-  uint32_t offset;                  // of the lane's first pair in a stage
   uint32_t pass = 0;                // which half of `Shared::passes` is next
 
   __device__ __forceinline__ explicit Consumer(int deep) {
@@ -35,9 +31,9 @@ struct Consumer {
 
   // Of the lane's rows of weights one is in the first box and one in the second, of the
   // same number: those of gate and up meet in one lane. In the operand, and in `sums`,
-  // the second is eight rows below.
+  // the second is eight rows below. Of each box a warpgroup has neighbouring rows.
   __device__ __forceinline__ static int Row(int side) {
-    return side * 32 + threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
+    return side * S::kSideBoxN + threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
   }
 
   __device__ __forceinline__ void Run(const Place& p, const Shared& s, int side,
@@ -61,9 +57,6 @@ struct Consumer {
   template <int kRows_>
   __device__ __forceinline__ void Multiply(const Place& p, const Shared& s, int side,
                                            int deep) {
-    const int row = Row(side);
-    const uint32_t swizzle = S::kK == 128 ? row & 7 : row >> 1 & 3;
-    offset = row * S::kK + (swizzle << 4) + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
@@ -73,12 +66,13 @@ struct Consumer {
     constexpr int kToNextWord = (S::kDeep - 1) * S::kPerWord + 1;
     constexpr int kBody = 8 * S::kBodyWords;
     uint32_t a[kBuffers][S::kBlocks][4];
+    Weights weights(Row(side));
     Wait(s, loaded);
-    LoadPairs(s, loaded.stage, 0, pairs[0]);
-    LoadScales(s, words, row);
-    FindFactors(0);
-    Widen(pairs[0], a[0]);
-    LoadPairs(s, loaded.stage, 1, pairs[1]);
+    weights.Load(s, loaded.stage, words.stage, 0);
+    weights.FindFactors(0);
+    weights.Spread(0);
+    weights.Widen(a[0]);
+    weights.Load(s, loaded.stage, words.stage, 1);
     for (int i = deep; i < p.num_words; i += S::kDeep * S::kBodyWords) {
       const bool is_last = i + S::kDeep * S::kBodyWords >= p.num_words;
       int stage_before = 0;
@@ -98,22 +92,21 @@ struct Consumer {
                              rows + j % kSteps / 4 * S::kRows * 8 + j % 4 * 2);
         }
         ptx::WgmmaCommit();
+        ptx::WgmmaWait<kBuffers - 1>();  // what read a[(j + 1) % kBuffers]
+        if (j > kBuffers - 2 && (j - kBuffers + 2) % kSteps == 0) {
+          Release(s, stage_before);
+        }
+        weights.Spread(j + 1);
+        if (!kLoadsFirst) weights.Widen(a[(j + 1) % kBuffers]);
         if ((j + 2) % kSteps == 0) {
           loaded.Advance((j + 2) % 8 == 0 ? kToNextWord : 1);
           // What is read past the end is not used: a condition would cost more.
           if (j + 2 < kBody || !is_last) Wait(s, loaded);
         }
-        if ((j + 2) % 8 == 0) {
-          words.Advance(S::kDeep);
-          LoadScales(s, words, row);
-        }
-        LoadPairs(s, loaded.stage, (j + 2) % kSteps, pairs[j % 2]);
-        ptx::WgmmaWait<kBuffers - 1>();  // what read a[(j + 1) % kBuffers]
-        if (j > kBuffers - 2 && (j - kBuffers + 2) % kSteps == 0) {
-          Release(s, stage_before);
-        }
-        Widen(pairs[(j + 1) % 2], a[(j + 1) % kBuffers]);
-        if (j % 2 == 0) FindFactors((j + 2) / 2 % 4);
+        if ((j + 2) % 8 == 0) words.Advance(S::kDeep);
+        weights.Load(s, loaded.stage, words.stage, (j + 2) % 8);
+        if (kLoadsFirst) weights.Widen(a[(j + 1) % kBuffers]);
+        weights.FindFactors((j + 2) % 8);
       }
       // Sums that are under way cannot be carried around a loop in registers.
       ptx::WgmmaWait<0>();
@@ -135,82 +128,6 @@ struct Consumer {
     ptx::BarrierWait(s.full + 8 * ring.stage, ring.turn);
     // Gathered rows are copied by ordinary means, which wgmma does not see by itself.
     if constexpr (S::kGathers) ptx::FenceAsyncProxy();
-  }
-
-  __device__ __forceinline__ void LoadScales(const Shared& s, const Ring<S>& words,
-                                             int row) {
-    const uint32_t at =
-        s.scales + words.stage * S::kScaleBytes + 4 * row + threadIdx.x % 4;
-    uint32_t largest = 0;
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        codes[b][r] = ptx::LoadShared8(at + 4 * (b * kBlockN + r * S::kBoxN));
-        fast[b][r] = FastFactor(min(codes[b][r], kMaxFastScale));
-        largest = max(largest, codes[b][r]);
-      }
-    }
-    has_large = __any_sync(~0u, largest > kMaxFastScale);
-  }
-
-  __device__ __forceinline__ void LoadPairs(const Shared& s, int stage, int j,
-                                            uint32_t (&to)[S::kBlocks][4]) {
-    const uint32_t weights = s.weights + stage * S::kWeightBytes;
-    constexpr uint32_t kBelow = S::kBoxN * S::kK;
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-      const uint32_t at = (offset ^ (j << 4)) + weights + b * kBlockN * S::kK;
-      to[b][0] = ptx::LoadShared16(at);
-      to[b][1] = ptx::LoadShared16(at + kBelow);
-      to[b][2] = ptx::LoadShared16(at + 8);
-      to[b][3] = ptx::LoadShared16(at + kBelow + 8);
-    }
-  }
-
-  // Gets the factors of one of the four blocks of 32 whose scales the lanes hold.
-  __device__ __forceinline__ void FindFactors(int block) {
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        factors[b][r] = __shfl_sync(~0u, fast[b][r], block, 4);
-      }
-    }
-    block_has_large = has_large;
-    if (!has_large) return;
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        extras[b][r] = ExtraFactor(__shfl_sync(~0u, codes[b][r], block, 4));
-      }
-    }
-  }
-
-  __device__ __forceinline__ void Widen(const uint32_t (&from)[S::kBlocks][4],
-                                        uint32_t (&a)[S::kBlocks][4]) {
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        a[b][r] = MulBf16x2(SpreadPair<0, true>(from[b][r]), factors[b][r % 2]);
-      }
-    }
-    if (block_has_large) {
-#pragma unroll
-      for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          a[b][r] = MulBf16x2(a[b][r], extras[b][r % 2]);
-        }
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) asm volatile("" : "+r"(a[b][r]));  // here, not later
-    }
   }
 
   // To float32 [kRows, kPitch] in shared memory.
@@ -254,22 +171,26 @@ struct Consumer {
         }
       }
     }
-    // Whole rows of the tile: what the warps have is transposed to [kPassRows, kN] in
-    // shared memory, twice, so that one is read while the other is written.
+    // What the warps have is transposed to rows in shared memory, twice, so that one is
+    // read while the other is written. A warpgroup waits for no other: while it stores,
+    // another multiplies.
 #pragma unroll
     for (int first = 0; first < S::kRows; first += S::kPassRows) {
       if (first >= p.num_slots) break;
-      const uint32_t at = s.passes + pass * S::kPassBytes;
+      const uint32_t at = s.passes + (2 * side + pass) * S::kPassBytes;
       pass ^= 1;
-      PutColumns(at, first, side, gated);
-      ptx::NamedBarrier(3, S::kConsumers);
-      StoreRows(g, p, at, first, columns, gated);
+      PutColumns(at, first, gated);
+      ptx::NamedBarrier(3 + side, 128);
+      if (gated) {
+        StoreRows<1>(g, p, at, first, columns, side);
+      } else {
+        StoreRows<2>(g, p, at, first, columns, side);
+      }
     }
   }
 
   // Of rows from `first` on the warp's columns, eight at a time.
-  __device__ __forceinline__ void PutColumns(uint32_t at, int first, int side,
-                                             bool gated) {
+  __device__ __forceinline__ void PutColumns(uint32_t at, int first, bool gated) {
     constexpr int kMatrices = S::kPassRows / 8;
     const uint32_t row = threadIdx.x % S::kPassRows;
 #pragma unroll
@@ -277,7 +198,7 @@ struct Consumer {
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
         if (box == 1 && gated) break;
-        const int n = box * S::kBoxN + b * kBlockN + side * 32 + threadIdx.x / 32 % 4 * 8;
+        const int n = box * S::kSideBoxN + b * kBlockN + threadIdx.x / 32 % 4 * 8;
         uint32_t values[kMatrices];
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
@@ -289,20 +210,39 @@ struct Consumer {
     }
   }
 
+  // Eight columns at a time, of the warpgroup's part of each box.
+  template <int kBoxes>
   __device__ __forceinline__ static void StoreRows(const Gemm& g, const Place& p,
                                                    uint32_t at, int first, int columns,
-                                                   bool gated) {
-    const int per_row = (gated ? S::kBoxN : S::kN) / 8;
+                                                   int side) {
+    constexpr int kPerBox = S::kSideBoxN / 8, kPerRow = kBoxes * kPerBox;
     const int num_rows = min(S::kPassRows, p.num_slots - first);
-    for (int i = threadIdx.x; i < num_rows * per_row; i += S::kConsumers) {
-      const int row = i / per_row, n = i % per_row * 8;
-      const int count = min(8, columns - p.n0 - n);
-      const int64_t to = int64_t{p.first_slot + first + row} * g.out_pitch + p.n0 + n;
-      if (count > 0) {
-        StoreEight(static_cast<__nv_bfloat16*>(g.out) + to,
-                   at + row * S::kPassPitch + n * 2, count, g.out_pitch % 8 == 0);
+    const bool aligned = g.out_pitch % 8 == 0;
+#pragma unroll
+    for (int i = threadIdx.x % 128; i < S::kPassRows * kPerRow; i += 128) {
+      const int row = i / kPerRow, part = i % kPerRow;
+      const int n = p.n0 + part / kPerBox * S::kBoxN + side * S::kSideBoxN +
+                    part % kPerBox * 8;
+      const int count = min(8, columns - n);
+      if (row >= num_rows || count <= 0) continue;
+      auto* to = static_cast<__nv_bfloat16*>(g.out) +
+                 int64_t{p.first_slot + first + row} * g.out_pitch + n;
+      const uint32_t from = at + row * S::kPassPitch;
+      if (S::kMixed && g.out_is_mixed) {
+        StoreMixed(to, from + part / kPerBox * S::kSideBoxN * 2, part % kPerBox);
+      } else {
+        StoreEight(to, from + part * 16, count, aligned);
       }
     }
+  }
+
+  // Of 64 columns from `from` on the eight that are together when they are mixed.
+  __device__ __forceinline__ static void StoreMixed(__nv_bfloat16* to, uint32_t from,
+                                                    int part) {
+    from += part * 4;
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(ptx::LoadShared32(from), ptx::LoadShared32(from + 32),
+                   ptx::LoadShared32(from + 64), ptx::LoadShared32(from + 96));
   }
 
   __device__ __forceinline__ static float Bias(const Gemm& g, int expert, int n) {

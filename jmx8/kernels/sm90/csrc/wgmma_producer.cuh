@@ -48,23 +48,42 @@ struct ScaleLoader {
   }
 };
 
+// Copies the rows of x that a tile's slots read. Lanes in eights share a row.
 template <class S>
-__device__ __forceinline__ void GatherRows(const Gemm& g, const Place& p,
-                                           const Shared& s, int k0, uint32_t to,
-                                           int lane) {
+struct RowGatherer {
+  static constexpr int kAtOnce = S::kProducers / 8;
+  static constexpr int kTimes = S::kGathers ? S::kRows / kAtOnce : 0;
+  static_assert(!S::kGathers || (kTimes * kAtOnce == S::kRows && kAtOnce % 8 == 0));
+
+  uint32_t from[kTimes + 1];  // where the lane's rows begin, in units of 16 bytes
+  int first, chunk, count;
+
+  __device__ __forceinline__ RowGatherer(const Gemm& g, const Place& p, int lane)
+      : first(lane / 8), chunk(lane % 8) {
+    count = (p.num_slots - first + kAtOnce - 1) / kAtOnce;
+    const int* rows = g.slot_rows + p.first_slot + first;
 #pragma unroll
-  for (int half = 0; half < S::kK / 64; ++half) {
-    const int chunk = lane % 8, k = k0 + half * 64 + chunk * 8;
-    const uint32_t bytes = k < g.k ? 16 : 0;
-    const auto* x = static_cast<const uint4*>(g.x) + (bytes ? k / 8 : 0);
-    to += half * S::kRows * 128;
-#pragma unroll 4
-    for (int row = lane / 8; row < p.num_slots; row += S::kProducers / 8) {
-      const uint32_t first = ptx::LoadShared32(s.slot_rows + 4 * row);
-      ptx::CopyAsync16(to + row * 128 + ((chunk ^ (row & 7)) << 4), x + first, bytes);
+    for (int i = 0; i < kTimes; ++i) {
+      from[i] = i < count ? static_cast<uint32_t>(rows[i * kAtOnce]) * (g.k / 8) : 0;
     }
   }
-}
+
+  __device__ __forceinline__ void Load(const Gemm& g, int k0, uint32_t to) const {
+    to += first * 128 + ((chunk ^ (first & 7)) << 4);
+#pragma unroll
+    for (int half = 0; half < S::kK / 64; ++half) {
+      const int k = k0 + half * 64 + chunk * 8;
+      const uint32_t bytes = k < g.k ? 16 : 0;
+      const auto* x = static_cast<const uint4*>(g.x) + (bytes ? k / 8 : 0);
+#pragma unroll
+      for (int i = 0; i < kTimes; ++i) {
+        if (i >= count) break;
+        ptx::CopyAsync16(to + (half * S::kRows + i * kAtOnce) * 128, x + from[i],
+                         bytes);
+      }
+    }
+  }
+};
 
 template <class S>
 struct Producer {
@@ -101,7 +120,7 @@ struct Producer {
     }
     is_first = false;
     const ScaleLoader<S> scales(g, p, a.scales_are_words, s.scales, lane);
-    if constexpr (S::kGathers) FindRows(g, p, s, lane);
+    const RowGatherer<S> rows(g, p, lane);
     for (int i = 0; i < num_stages; ++i) {
       const int stage = ring.stage, k0 = p.first_word * 128 + i * S::kK;
       const uint32_t full = s.full + 8 * stage;
@@ -115,7 +134,7 @@ struct Producer {
         words.Advance(1);
       }
       if constexpr (S::kGathers) {
-        GatherRows<S>(g, p, s, k0, s.rows + stage * S::kRowBytes, lane);
+        rows.Load(g, k0, s.rows + stage * S::kRowBytes);
       }
       if (scales.aligned) {
         ptx::BarrierArriveAfterCopies(full);
@@ -135,17 +154,6 @@ struct Producer {
       ptx::LoadTile2(s.rows + ring.stage * S::kRowBytes + half * S::kRows * 128, x_map,
                      full, k0 + half * 64, p.first_slot);
     }
-  }
-
-  // Where the rows begin that the tile gathers, in units of 16 bytes.
-  __device__ __forceinline__ void FindRows(const Gemm& g, const Place& p,
-                                           const Shared& s, int lane) {
-    ptx::NamedBarrier(2, S::kProducers);
-    for (int i = lane; i < p.num_slots; i += S::kProducers) {
-      const uint32_t row = g.slot_rows[p.first_slot + i];
-      ptx::StoreShared32(s.slot_rows + 4 * i, row * (g.k / 8));
-    }
-    ptx::NamedBarrier(2, S::kProducers);
   }
 };
 

@@ -6,26 +6,27 @@
 
 namespace jmx8::wgmma {
 
-// kRows: rows of x of a tile. kBlocks: blocks of 64 weight rows of a warpgroup. kSide,
-// kDeep: warpgroups beside each other in n, and such that share k. kK: k of a stage.
-// kOccupancy: blocks per multiprocessor.
-template <int kRows_, int kBlocks_, int kSide_, int kDeep_, int kK_, int kOccupancy_,
-          bool kGathers_>
+// kRows: rows of x of a tile, of which multiples of kRowStep are multiplied. kBlocks:
+// blocks of 64 weight rows of a warpgroup. kSide, kDeep: warpgroups beside each other in
+// n, and such that share k. kK: k of a stage. kOccupancy: blocks per multiprocessor.
+// kMixed: the columns of x are mixed (mix.cu).
+template <int kRows_, int kRowStep_, int kBlocks_, int kSide_, int kDeep_, int kK_,
+          int kOccupancy_, bool kMixed_, bool kGathers_>
 struct Shape {
-  static constexpr int kRows = kRows_, kBlocks = kBlocks_, kSide = kSide_;
-  static constexpr int kDeep = kDeep_, kK = kK_, kOccupancy = kOccupancy_;
+  static constexpr int kRows = kRows_, kRowStep = kRowStep_, kBlocks = kBlocks_;
+  static constexpr int kSide = kSide_, kDeep = kDeep_, kK = kK_;
+  static constexpr int kOccupancy = kOccupancy_;
+  static constexpr bool kMixed = kMixed_;
   static constexpr bool kGathers = kGathers_;
 
   static constexpr int kN = 64 * kSide * kBlocks;
   static constexpr int kBoxN = kN / 2;  // if gated, one box is the gate's, one up's
+  static constexpr int kSideBoxN = 32 * kBlocks;  // of a box, one warpgroup's
   static constexpr int kConsumers = 128 * kSide * kDeep;
   // Large sums need registers that a whole producing warpgroup can give up.
   static constexpr bool kMovesRegisters = kOccupancy == 1 && kConsumers == 256;
   static constexpr int kProducers = kMovesRegisters ? 128 : kGathers ? 64 : 32;
   static constexpr int kThreads = kConsumers + kProducers;
-  // Multiples of this many rows are multiplied, not always kRows: more code, which only
-  // the shape for experts with many rows pays for.
-  static constexpr int kRowStep = kRows == 128 && kBlocks == 2 ? 32 : kRows;
   // Words of 128 of k without an end of the warpgroup's pipeline.
   static constexpr int kBodyWords = kRows == 256 ? 2 : 1;
 
@@ -34,12 +35,12 @@ struct Shape {
   static constexpr int kRowBytes = kRows * kK * 2;
   static constexpr int kStageBytes = kWeightBytes + kRowBytes;
   static constexpr int kScaleBytes = kN * 4;  // 128 of k
-  // Rows of the result that are put together in shared memory at a time.
+  // Rows of the result that a warpgroup puts together in shared memory at a time.
   static constexpr int kPassRows = kRows == 256 ? 32 : kRows >= 32 ? 16 : 8;
-  static constexpr int kPassPitch = (kN + 8) * 2;  // bytes; free of bank conflicts
+  static constexpr int kPassPitch = (2 * kSideBoxN + 8) * 2;  // no bank conflicts
   static constexpr int kPassBytes = kPassRows * kPassPitch;
   static constexpr int kFixedBytes =
-      1024 + kRows * 4 + (kDeep == 1 ? 2 * kPassBytes : 0);
+      1024 + (kDeep == 1 ? 2 * kSide * kPassBytes : 0);
   static constexpr int kBudget = 227 * 1024 / kOccupancy - kFixedBytes - 1024;
   static constexpr int kFit = kBudget / (kStageBytes + kScaleBytes);
   static constexpr int kStages = kFit < 12 ? kFit : 12;
@@ -75,11 +76,17 @@ __device__ bool FindPlace(const Arguments& a, int index, Place* place) {
   const int num_n = a.num_n_tiles;
   if (index >= num_row_tiles * num_n) return false;
   // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
-  const int group = index / (a.group_rows * num_n);
-  const int first = group * a.group_rows;
-  const int in_group = min(a.group_rows, num_row_tiles - first);
-  const int rest = index - first * num_n;
-  const int row_tile = first + rest % in_group;
+  int row_tile, n_tile;
+  if (a.group_rows == 1) {
+    row_tile = index / num_n;
+    n_tile = index - row_tile * num_n;
+  } else {
+    const int group = index / (a.group_rows * num_n);
+    const int first = group * a.group_rows, rest = index - first * num_n;
+    const int in_group = min(a.group_rows, num_row_tiles - first);
+    n_tile = rest / in_group;
+    row_tile = first + rest - n_tile * in_group;
+  }
   if (a.gemm.tiles == nullptr) {
     place->expert = 0;
     place->first_slot = row_tile * S::kRows;
@@ -91,18 +98,22 @@ __device__ bool FindPlace(const Arguments& a, int index, Place* place) {
     place->num_slots = tile.num_slots;
   }
   const bool gated = IsGated(a.gemm.activation);
-  place->n0 = rest / in_group * (gated ? S::kBoxN : S::kN);
+  place->n0 = n_tile * (gated ? S::kBoxN : S::kN);
   constexpr int kBodyK = 128 * S::kBodyWords;
-  const int bodies = (a.gemm.k + kBodyK - 1) / kBodyK, rank = blockIdx.x % a.split_k;
-  const int first_body = bodies * rank / a.split_k;
+  const int bodies = (a.gemm.k + kBodyK - 1) / kBodyK;
+  int first_body = 0, end_body = bodies;
+  if (a.split_k > 1) {
+    const int rank = blockIdx.x % a.split_k;
+    first_body = bodies * rank / a.split_k;
+    end_body = bodies * (rank + 1) / a.split_k;
+  }
   place->first_word = first_body * S::kBodyWords;
-  place->num_words =
-      (bodies * (rank + 1) / a.split_k - first_body) * S::kBodyWords;
+  place->num_words = (end_body - first_body) * S::kBodyWords;
   return true;
 }
 
 struct Shared {
-  uint32_t weights, rows, scales, full, empty, slot_rows, passes;
+  uint32_t weights, rows, scales, full, empty, passes;
 };
 
 template <class S>
@@ -110,8 +121,7 @@ __device__ Shared DivideShared(uint32_t base) {
   Shared s;
   s.full = base;
   s.empty = base + 8 * S::kStages;
-  s.slot_rows = base + 1024;
-  s.passes = s.slot_rows + S::kRows * 4;
+  s.passes = base + 1024;
   // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
   s.weights = (base + S::kFixedBytes + 1023) / 1024 * 1024;
   s.rows = s.weights + S::kStages * S::kWeightBytes;

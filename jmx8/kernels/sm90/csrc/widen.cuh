@@ -51,11 +51,10 @@ struct Factors {
   }
 };
 
-// Elements 2 kPair and 2 kPair + 1 of four, times 2^-120: bytes are extended by their
-// signs, then shifted to where bf16 has exponent and mantissa. kInOrder: the compiler
-// must not move it up to where the bytes are not there yet.
+// Elements 2 kPair and 2 kPair + 1 of four, extended by their signs to 16 bits.
+// kInOrder: the compiler must not move it up to where the bytes are not there yet.
 template <int kPair, bool kInOrder = false>
-__device__ __forceinline__ uint32_t SpreadPair(uint32_t bytes) {
+__device__ __forceinline__ uint32_t ExtendPair(uint32_t bytes) {
   constexpr uint32_t kBytesAndSigns = kPair == 0 ? 0x9180 : 0xb3a2;
   uint32_t extended;
   if constexpr (kInOrder) {
@@ -65,7 +64,17 @@ __device__ __forceinline__ uint32_t SpreadPair(uint32_t bytes) {
   } else {
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(extended) : "r"(bytes), "n"(kBytesAndSigns));
   }
+  return extended;
+}
+
+// An extended pair times 2^-120: its bits where bf16 has exponent and mantissa.
+__device__ __forceinline__ uint32_t ShiftPair(uint32_t extended) {
   return (extended << 4) & 0x87f087f0u;
+}
+
+template <int kPair>
+__device__ __forceinline__ uint32_t SpreadPair(uint32_t bytes) {
+  return ShiftPair(ExtendPair<kPair>(bytes));
 }
 
 #endif
