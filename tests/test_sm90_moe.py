@@ -41,6 +41,15 @@ def moe_operands(activation="silu", e=E, h=H, i=I, t=T, bias=True, seed=0):
     return (x, w13, w2, ids, weights), biases if bias else {}
 
 
+def pair_of(given):
+    """Returns the configurations of the two matmuls of a call."""
+    sizes = {f"{nth}_tile_rows": given["tile_rows"] for nth in ("first", "second")}
+    return tuple(
+        tuple((given | sizes)[f"{nth}_{field}"] for field in configs.GemmConfig._fields)
+        for nth in ("first", "second")
+    )
+
+
 def assert_moe_agrees(operands, **options):
     run = lambda implementation: jax.jit(
         lambda *operands: mx_moe(*operands, implementation=implementation, **options)
@@ -82,6 +91,14 @@ class TestMoE:
     def test_many_rows_of_one_expert(self, calls):
         (x, w13, w2, ids, weights), biases = moe_operands(t=300)
         assert_moe_agrees((x, w13, w2, ids * 0 + 2, weights), **biases)
+
+    @pytest.mark.parametrize("h, i, mixed", [(64, 128, True), (64, 96, False)])
+    def test_columns_are_mixed_if_they_are_whole_groups(self, calls, h, i, mixed):
+        operands, biases = moe_operands(h=h, i=i, t=300)
+        assert_moe_agrees(operands, **biases)
+        ((_, given),) = calls
+        pair = pair_of(given)
+        assert (pair in configs.MIXED_PAIRS) == mixed
 
     def test_ids_that_repeat(self, calls):
         (x, w13, w2, _, weights), _ = moe_operands()
@@ -161,12 +178,7 @@ class TestMoE:
         calls.clear()
         jax.block_until_ready(run(*operands))
         ((_, given),) = calls
-        given |= {f"{nth}_tile_rows": given["tile_rows"] for nth in ("first", "second")}
-        used = tuple(
-            tuple(given[f"{nth}_{field}"] for field in configs.GemmConfig._fields)
-            for nth in ("first", "second")
-        )
-        assert (used,) == tuned.tactic
+        assert (pair_of(given),) == tuned.tactic
 
     def test_reasons(self, calls):
         (x, w13, w2, ids, weights), _ = moe_operands()
