@@ -85,8 +85,7 @@ def gemm(
     activation, alpha, beta, limit, kernel, tile_rows, variant, split_k,
 ):  # fmt: skip
     config = configs.GemmConfig(kernel, tile_rows, variant, split_k)
-    is_mixed = (config, config) in configs.MIXED_PAIRS
-    assert config in configs.CONFIGS or is_mixed
+    assert config in configs.CONFIGS
     assert x.dtype == ml_dtypes.bfloat16 and x.ndim == 2
     assert w.shape == (*scales.shape[:-1], scales.shape[-1] * 32)
     assert w.shape[-1] == x.shape[1]
@@ -104,8 +103,7 @@ def gemm(
         return
     assert w.ndim == 3 and tiles.shape[1] == 4 and num_tiles.shape == (1,)
     assert tiles.dtype == num_tiles.dtype == np.int32 and num_tiles[0] <= len(tiles)
-    is_first = config in configs.FIRST_CONFIGS or is_mixed
-    assert is_first or not (gated or slot_rows is not None)
+    assert config in configs.FIRST_CONFIGS or not (gated or slot_rows is not None)
     out[...] = np.nan
     slot_rows = np.arange(len(out)) if slot_rows is None else slot_rows
     for expert, first, count, _ in tiles[: num_tiles[0]]:
@@ -128,10 +126,9 @@ def moe(
     parameters = activation, alpha, beta, limit
     first = first_kernel, tile_rows, first_variant, first_split_k
     second = second_kernel, tile_rows, second_variant, second_split_k
-    if (first, second) in configs.MIXED_PAIRS:
+    if (first, second) in configs.MIXED_PAIRS:  # only a layer mixes columns
         assert x.shape[1] % 64 == hidden.shape[1] % 64 == 0 and rows.size >= x.size
-    else:
-        assert first in configs.FIRST_CONFIGS and second in configs.CONFIGS
+        first = second = configs._unmixed(configs.GemmConfig(*first))
     columns = w13.shape[1] // (2 if activation in (1, 2, 3, 4) else 1)
     given, hidden[:, columns:] = hidden[:, :columns], 0
     gemm(x, w13, w13_scales, w13_bias, given, slot_rows, *places, *parameters, *first)
