@@ -14,13 +14,15 @@ def main() -> None:
             x = calls.random_rows(generator, m, k)
             w = calls.random_weight(generator, n, k)
             calls.assert_product_close(calls.gemm(x, w, config), x, w)
-    for pair in configs.moe_candidates(128, 64):
+    layers = [(96, pair) for pair in configs.moe_candidates(96, 64)]
+    layers += [(128, pair) for pair in configs.MIXED_PAIRS]
+    for h, pair in layers:
         for t in (3, 90):
             ids = torch.randint(-1, 6, (t, 2), generator=generator).int().cuda()
             operands = (
-                calls.random_rows(generator, t, 128),
-                calls.random_weight(generator, 5, 128, 128, codes=(116, 120)),
-                calls.random_weight(generator, 5, 128, 64, codes=(116, 120)),
+                calls.random_rows(generator, t, h),
+                calls.random_weight(generator, 5, 128, h, codes=(116, 120)),
+                calls.random_weight(generator, 5, h, 64, codes=(116, 120)),
                 ids,
                 torch.rand(t, 2, generator=generator).cuda(),
             )
