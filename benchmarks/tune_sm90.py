@@ -166,16 +166,8 @@ def exact_layer(x, w13, w2, routed):
 
 def launch_layer(pair, weights, *, x, ids, router_weights, out, scratch):
     """Launches a whole layer, with the scratch of the pair's number of tile rows."""
-    (first, second), (w13, w2) = pair, weights
-    operands = (x, w13.elements, w13.scales, None, w2.elements, w2.scales, None)
-    calls.call(
-        "moe",
-        *(*operands, ids, router_weights, out),
-        *scratch[first.tile_rows],
-        *(TOP_K, calls.ACTIVATIONS["silu"], 0.0, 0.0, float("inf"), first.tile_rows),
-        *(first.kernel, first.variant, first.split_k),
-        *(second.kernel, second.variant, second.split_k),
-    )
+    operands = (x, *weights, ids, router_weights)
+    calls.moe(operands, pair, out=out, scratch=scratch[pair[0].tile_rows])
 
 
 def fastest_matmuls(label, sets, x, ids, size, exact_hidden, exact_out):
@@ -207,8 +199,9 @@ def fastest_matmuls(label, sets, x, ids, size, exact_hidden, exact_out):
 
 def tune_layer(label, sets, x, ids, sizes):
     """Returns µs of a layer and configurations of both matmuls, for one routing."""
-    here, h, i = sets[0][1].elements.shape
-    exact = exact_layer(x, sets[0][0], sets[0][1], expert_rows(ids, here))
+    w13, w2 = sets[0]
+    here = len(w2.elements)
+    exact = exact_layer(x, w13, w2, expert_rows(ids, here))
     pairs = [fastest_matmuls(label, sets, x, ids, size, *exact) for size in sizes]
     pairs += [pair for pair in configs.MIXED_PAIRS if pair[0].tile_rows in sizes]
     router_weights = torch.rand(ids.shape, device="cuda")
@@ -216,14 +209,13 @@ def tune_layer(label, sets, x, ids, sizes):
     # Slots of -1 find the row of zeros behind all others.
     rows = torch.nn.functional.pad(exact[1], (0, 0, 0, 1))[slots.long()]
     out = calls.empty(x.shape)
-    between = [calls.empty((ids.numel(), size)) for size in (i, h)]
     launch = functools.partial(
         launch_layer,
         x=x,
         ids=ids,
         router_weights=router_weights,
         out=out,
-        scratch={s: (*calls.empty_places(ids, here, s), *between) for s in sizes},
+        scratch={size: calls.moe_scratch(w2, ids, size) for size in sizes},
     )
     total = (rows * router_weights[..., None]).sum(dim=1)
     found = search(f"{label}, layer", pairs, launch, sets, out, total, LAYER_ERROR)

@@ -115,7 +115,7 @@ class Places(NamedTuple):
     num_tiles: torch.Tensor
 
 
-def empty_places(ids, num_experts, tile_rows) -> Places:
+def _empty_places(ids, num_experts, tile_rows) -> Places:
     num_rows = ids.numel()
     max_tiles = min(num_rows, num_experts + num_rows // tile_rows)
     shapes = ((num_rows,), tuple(ids.shape), (max_tiles, 4), (1,))
@@ -123,22 +123,29 @@ def empty_places(ids, num_experts, tile_rows) -> Places:
 
 
 def permute(ids, num_experts, tile_rows, row_divisor) -> Places:
-    places = empty_places(ids, num_experts, tile_rows)
+    places = _empty_places(ids, num_experts, tile_rows)
     call("permute", ids, *places, num_experts, tile_rows, row_divisor)
     return places
 
 
-def moe(operands, configs, activation="silu", biases=(None, None)):
+def moe_scratch(w2: Weight, ids, tile_rows) -> tuple[torch.Tensor, ...]:
+    """Returns what a layer writes between x and its result."""
+    num_experts, h, i = w2.elements.shape
+    between = (empty((ids.numel(), size)) for size in (i, h))
+    return *_empty_places(ids, num_experts, tile_rows), *between
+
+
+def moe(
+    operands, configs, activation="silu", biases=(None, None), out=None, scratch=None
+):
     """Computes a layer of x, w13, w2, ids and weights as the backend does."""
     (x, w13, w2, ids, weights), (first, second) = operands, configs
-    num_experts, h, i = w2.elements.shape
-    out = empty((ids.shape[0], h))
+    out = empty((ids.shape[0], w2.elements.shape[1])) if out is None else out
     call(
         "moe",
         *(x, w13.elements, w13.scales, biases[0], w2.elements, w2.scales, biases[1]),
         *(ids, weights, out),
-        *empty_places(ids, num_experts, first.tile_rows),
-        *(empty((ids.numel(), i)), empty((ids.numel(), h))),
+        *(scratch or moe_scratch(w2, ids, first.tile_rows)),
         *(ids.shape[1], *activation_parameters(activation), first.tile_rows),
         *(first.kernel, first.variant, first.split_k),
         *(second.kernel, second.variant, second.split_k),
