@@ -201,7 +201,6 @@ Mix MixRows(const Checker& check, const GemmConfig& first_config,
              "x and hidden must have multiples of 64 columns to be mixed");
   check.True(rows.numel() >= x.numel(), "rows must have room for x");
   first.x = rows.data_ptr();
-  first.out_is_mixed = true;
   return {x.data_ptr(), rows.data_ptr(), x.numel(), true};
 }
 

@@ -94,7 +94,7 @@ __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
       for (int j = 0; j < 8; ++j) value[j] = ApplyUngated(g.activation, value[j]);
     }
     const int64_t out = int64_t{p.first_slot + row} * g.out_pitch;
-    if (S::kMixed && g.out_is_mixed) {
+    if constexpr (S::kMixesOut) {
       StoreMixed(g, out, p.n0 + n, value);
     } else {
       StoreColumns(g, out + p.n0 + n, count, g.out_pitch % 8 == 0, value);

@@ -38,7 +38,6 @@ struct Gemm {
   void* out;              // [num_slots, out_pitch]; n columns, n / 2 if gated
   bool bias_is_f32;       // else bf16
   bool out_is_f32;        // else bf16
-  bool out_is_mixed;      // as Mix mixes; of the configurations that take mixed rows
   int num_x_rows;
   int num_slots;          // a bound, if there are tiles
   int n, k, num_experts, out_pitch;
@@ -62,7 +61,8 @@ struct GemmConfig {
   int split_k;    // thread blocks that share one output tile, each with a part of k
 };
 
-// Whether the columns of x, and of a following matmul's x, must be mixed.
+// Whether the columns of x must be mixed. Those of the result are, too, if the rows of
+// x are gathered: it is what another such matmul takes.
 inline bool TakesMixed(const GemmConfig& config) {
   return config.kernel == 1 && config.variant == 8;
 }

@@ -29,13 +29,6 @@ struct Consumer {
     loaded = multiplied;
   }
 
-  // Of the lane's rows of weights one is in the first box and one in the second, of the
-  // same number: those of gate and up meet in one lane. In the operand, and in `sums`,
-  // the second is eight rows below. Of each box a warpgroup has neighbouring rows.
-  __device__ __forceinline__ static int Row(int side) {
-    return side * S::kSideBoxN + threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
-  }
-
   __device__ __forceinline__ void Run(const Place& p, const Shared& s, int side,
                                       int deep) {
     RunRows<S::kRowStep>(p, s, side, deep);
@@ -66,7 +59,7 @@ struct Consumer {
     constexpr int kToNextWord = (S::kDeep - 1) * S::kPerWord + 1;
     constexpr int kBody = 8 * S::kBodyWords;
     uint32_t a[kBuffers][S::kBlocks][4];
-    Weights weights(Row(side));
+    Weights weights(WeightRows<S>::First(side));
     Wait(s, loaded);
     weights.Load(s, loaded.stage, words.stage, 0);
     weights.FindFactors(0);
@@ -137,7 +130,8 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < S::kRows / 2; ++i) {
         const int row = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-        const int n = i % 4 / 2 * S::kBoxN + b * kBlockN + Row(side);
+        const int n = i % 4 / 2 * S::kBoxN + b * WeightRows<S>::kBlockStep +
+                      WeightRows<S>::First(side);
         ptx::StoreShared32(to + 4 * (row * S::kPitch + n),
                            __float_as_uint(sums[b][i]));
       }
@@ -151,7 +145,8 @@ struct Consumer {
     const int columns = gated ? g.n / 2 : g.n;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
-      const int n = p.n0 + b * kBlockN + Row(side);
+      const int n =
+          p.n0 + b * WeightRows<S>::kBlockStep + WeightRows<S>::First(side);
       const int n_of_second = n + (gated ? columns : S::kBoxN);
       const float bias[2] = {Bias(g, p.expert, n), Bias(g, p.expert, n_of_second)};
 #pragma unroll
@@ -198,7 +193,7 @@ struct Consumer {
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
         if (box == 1 && gated) break;
-        const int n = box * S::kSideBoxN + b * kBlockN + threadIdx.x / 32 % 4 * 8;
+        const int n = box * S::kSideBoxN + b * 32 + threadIdx.x / 32 % 4 * 8;
         uint32_t values[kMatrices];
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
@@ -228,21 +223,8 @@ struct Consumer {
       auto* to = static_cast<__nv_bfloat16*>(g.out) +
                  int64_t{p.first_slot + first + row} * g.out_pitch + n;
       const uint32_t from = at + row * S::kPassPitch;
-      if (S::kMixed && g.out_is_mixed) {
-        StoreMixed(to, from + part / kPerBox * S::kSideBoxN * 2, part % kPerBox);
-      } else {
-        StoreEight(to, from + part * 16, count, aligned);
-      }
+      StoreEight(to, from + part * 16, count, aligned);
     }
-  }
-
-  // Of 64 columns from `from` on the eight that are together when they are mixed.
-  __device__ __forceinline__ static void StoreMixed(__nv_bfloat16* to, uint32_t from,
-                                                    int part) {
-    from += part * 4;
-    *reinterpret_cast<uint4*>(to) =
-        make_uint4(ptx::LoadShared32(from), ptx::LoadShared32(from + 32),
-                   ptx::LoadShared32(from + 64), ptx::LoadShared32(from + 96));
   }
 
   __device__ __forceinline__ static float Bias(const Gemm& g, int expert, int n) {

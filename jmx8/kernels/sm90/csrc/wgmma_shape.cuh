@@ -18,6 +18,7 @@ struct Shape {
   static constexpr int kOccupancy = kOccupancy_;
   static constexpr bool kMixed = kMixed_;
   static constexpr bool kGathers = kGathers_;
+  static constexpr bool kMixesOut = kMixed && kGathers;  // what a second one takes
 
   static constexpr int kN = 64 * kSide * kBlocks;
   static constexpr int kBoxN = kN / 2;  // if gated, one box is the gate's, one up's

@@ -7,11 +7,28 @@
 
 namespace jmx8::wgmma {
 
-constexpr int kBlockN = 32;  // rows of a box from one of a warpgroup's blocks to the next
+// Which rows of weights a warp multiplies. Of each box a warpgroup has neighbouring
+// rows, and a warp eight for each of its blocks: neighbours, or those that become
+// neighbours when the result is mixed (mix.cu).
+template <class S>
+struct WeightRows {
+  static constexpr int kBlockStep = S::kMixesOut ? 8 : 32;  // from one block to the next
+  static_assert(!S::kMixesOut || S::kSideBoxN == 64);
+
+  // The first block's, of a box. In the operand and in the sums the row of the same
+  // number in the second box is eight rows below: those of gate and up meet in one lane.
+  __device__ __forceinline__ static int First(int side) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32 / 4;
+    const int row = S::kMixesOut ? lane / 2 * 16 + warp * 2 + lane % 2 : warp * 8 + lane;
+    return side * S::kSideBoxN + row;
+  }
+};
 
 // What both orders of k have in common.
 template <class S>
 struct Widener {
+  static constexpr int kBlockStep = WeightRows<S>::kBlockStep;
+
   uint32_t spread[S::kBlocks][4];   // pairs of elements, extended to 16 bits
   uint32_t factors[S::kBlocks][2];  // of the MX block that is widened next
   uint32_t extras[S::kBlocks][2];   // its ExtraFactor, if block_has_large
@@ -64,7 +81,7 @@ struct OrderedWeights : Widener<S> {
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
       const uint32_t at =
-          (offset ^ (step % (S::kK / 16) << 4)) + weights + b * kBlockN * S::kK;
+          (offset ^ (step % (S::kK / 16) << 4)) + weights + b * this->kBlockStep * S::kK;
       pairs[b][0] = ptx::LoadShared16(at);
       pairs[b][1] = ptx::LoadShared16(at + kBelow);
       pairs[b][2] = ptx::LoadShared16(at + 8);
@@ -80,7 +97,7 @@ struct OrderedWeights : Widener<S> {
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        codes[b][r] = ptx::LoadShared8(at + 4 * (b * kBlockN + r * S::kBoxN));
+        codes[b][r] = ptx::LoadShared8(at + 4 * (b * this->kBlockStep + r * S::kBoxN));
         fast[b][r] = FastFactor(min(codes[b][r], kMaxFastScale));
         largest = max(largest, codes[b][r]);
       }
@@ -144,7 +161,7 @@ struct MixedWeights : Widener<S> {
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int n = b * kBlockN + r * S::kBoxN;
+        const int n = b * this->kBlockStep + r * S::kBoxN;
         bytes[b][r] = ptx::LoadShared128(weights + n * 64);
         codes[b][r] = ptx::LoadShared8(scales + n * 4);
       }
