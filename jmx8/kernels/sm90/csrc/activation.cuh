@@ -7,7 +7,13 @@ namespace jmx8 {
 
 // Within 2^-20 of itself, in few instructions; what it is for is rounded to bf16.
 __device__ __forceinline__ float Sigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
+  float sigmoid;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + __expf(-x)));
+  return sigmoid;
+}
+
+__device__ __forceinline__ float ApplySilu(float gate, float up) {
+  return gate * Sigmoid(gate) * up;
 }
 
 __device__ __forceinline__ float ApplySwiGlu(float gate, float up, float alpha,
@@ -23,7 +29,7 @@ __device__ __forceinline__ float ApplyGated(Activation activation, float gate, f
                                             float alpha, float beta, float limit) {
   switch (activation) {
     case Activation::kSilu:
-      return gate * Sigmoid(gate) * up;
+      return ApplySilu(gate, up);
     case Activation::kGelu:
       return 0.5f * gate * erfcf(gate * -0.70710678f) * up;
     case Activation::kGeluTanh:

@@ -2,7 +2,6 @@
 //
 // Registers: GemmWgmma <= 168
 #include <algorithm>
-#include <limits>
 
 #include "gemm_wgmma.cuh"
 #include "launch.cuh"
@@ -76,14 +75,6 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 //   5: 128 x 64, 1, 1
 //   6: 192 x 128 (64 from 128 rows), 1, 1, for rows that are not gathered
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
-  if (g.activation == Activation::kSilu) {  // a case of kSwiGluOai
-    Gemm same = g;
-    same.activation = Activation::kSwiGluOai;
-    same.alpha = 1;
-    same.beta = 0;
-    same.limit = std::numeric_limits<float>::infinity();
-    return LaunchGemmWgmma(same, c, stream);
-  }
   if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
   const bool gathers = g.slot_rows != nullptr;
 #define JMX8_SHAPE(rows, variant_, ...)                                                \

@@ -108,7 +108,8 @@ __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
 template <class S>
 __host__ __device__ bool IsDirect(const Gemm& g, int split_k) {
   return S::kDeep == 1 && split_k == 1 && !g.out_is_f32 &&
-         (!IsGated(g.activation) || g.activation == Activation::kSwiGluOai);
+         (!IsGated(g.activation) || g.activation == Activation::kSilu ||
+          g.activation == Activation::kSwiGluOai);
 }
 
 template <class S>

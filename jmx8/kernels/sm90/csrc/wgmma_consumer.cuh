@@ -143,23 +143,18 @@ struct Consumer {
                                               const Shared& s, int side) {
     const bool gated = IsGated(g.activation);
     const int columns = gated ? g.n / 2 : g.n;
+    if (g.bias != nullptr) AddBias(g, p, side, gated ? columns : S::kBoxN);
+    if (gated) {
+      if (g.activation == Activation::kSilu) {
+        Activate([](float gate, float up) { return ApplySilu(gate, up); });
+      } else {
+        Activate([&g](float gate, float up) {
+          return ApplySwiGlu(gate, up, g.alpha, g.beta, g.limit);
+        });
+      }
+    } else if (g.activation != Activation::kNone) {
 #pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-      const int n =
-          p.n0 + b * WeightRows<S>::kBlockStep + WeightRows<S>::First(side);
-      const int n_of_second = n + (gated ? columns : S::kBoxN);
-      const float bias[2] = {Bias(g, p.expert, n), Bias(g, p.expert, n_of_second)};
-#pragma unroll
-      for (int i = 0; i < S::kRows / 2; ++i) sums[b][i] += bias[i % 4 / 2];
-      if (gated) {
-#pragma unroll
-        for (int i = 0; i < S::kRows / 2; ++i) {
-          if (i % 4 < 2) {
-            sums[b][i] =
-                ApplySwiGlu(sums[b][i], sums[b][i + 2], g.alpha, g.beta, g.limit);
-          }
-        }
-      } else if (g.activation != Activation::kNone) {
+      for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
         for (int i = 0; i < S::kRows / 2; ++i) {
           sums[b][i] = ApplyUngated(g.activation, sums[b][i]);
@@ -227,11 +222,6 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ static float Bias(const Gemm& g, int expert, int n) {
-    if (g.bias == nullptr || n >= g.n) return 0;
-    return LoadBias(g, int64_t{expert} * g.n + n);
-  }
-
   __device__ __forceinline__ static void StoreEight(__nv_bfloat16* to, uint32_t from,
                                                     int count, bool aligned) {
     const uint4 v = ptx::LoadShared128(from);
@@ -245,6 +235,39 @@ struct Consumer {
       if (j < count) {
         const uint32_t half = words[j / 2] >> (j % 2 * 16);
         to[j] = __ushort_as_bfloat16(static_cast<uint16_t>(half));
+      }
+    }
+  }
+
+  // Of the lane's two rows of weights, `distance` rows apart.
+  __device__ __forceinline__ void AddBias(const Gemm& g, const Place& p, int side,
+                                          int distance) {
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int n = p.n0 + b * WeightRows<S>::kBlockStep +
+                      WeightRows<S>::First(side) + r * distance;
+        if (n >= g.n) continue;
+        const float bias = LoadBias(g, int64_t{p.expert} * g.n + n);
+#pragma unroll
+        for (int i = 2 * r; i < S::kRows / 2; i += 4) {
+          sums[b][i] += bias;
+          sums[b][i + 1] += bias;
+        }
+      }
+    }
+  }
+
+  // Leaves what comes of gate and up where gate was.
+  template <class Function>
+  __device__ __forceinline__ void Activate(Function function) {
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < S::kRows / 2; i += 4) {
+        sums[b][i] = function(sums[b][i], sums[b][i + 2]);
+        sums[b][i + 1] = function(sums[b][i + 1], sums[b][i + 3]);
       }
     }
   }
