@@ -22,7 +22,7 @@ int NumMultiprocessors() {
 
 template <class S>
 const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
-  CUtensorMap w_map, x_map = {};
+  CUtensorMap w_map, x_map = {}, out_map = {};
   if (const char* error = EncodeElements(g, S::kBoxN, S::kK, &w_map)) return error;
   if (!S::kGathers) {
     if (const char* error = EncodeRows(g, S::kRows, &x_map)) return error;
@@ -45,6 +45,11 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
     // A block goes on with another tile, whose loads begin before the last one ends.
     const int64_t most = int64_t{NumMultiprocessors()} * S::kOccupancy;
     blocks = std::min(blocks, most);
+    a.copies_out = g.out_pitch % 8 == 0;
+  }
+  if (a.copies_out) {
+    const char* error = EncodeOut(g, S::kPassRows, S::kSideBoxN, &out_map);
+    if (error != nullptr) return error;
   }
   auto* kernel = wgmma::GemmWgmma<S>;
   cudaError_t error = cudaFuncSetAttribute(
@@ -63,7 +68,7 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
     cluster.val.clusterDim = {static_cast<unsigned>(split_k), 1, 1};
   }
   if (g.starts_early) attributes[config.numAttrs++] = EarlyStart();
-  error = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
+  error = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map, out_map);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -112,14 +112,13 @@ __host__ __device__ bool IsDirect(const Gemm& g, int split_k) {
           g.activation == Activation::kSwiGluOai);
 }
 
+// out_map: of the result.
 template <class S>
-__device__ __forceinline__ void Consume(const Arguments& a, const Place& p,
-                                        const Shared& s, int warpgroup,
-                                        Consumer<S>* consumer) {
-  const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
-  consumer->Run(p, s, side, deep);
+__device__ __forceinline__ void Store(const Arguments& a, const Place& p,
+                                      const Shared& s, const CUtensorMap* out_map,
+                                      int side, int deep, Consumer<S>* consumer) {
   if (IsDirect<S>(a.gemm, a.split_k)) {
-    consumer->StoreResult(a.gemm, p, s, side);
+    consumer->StoreResult(a.gemm, p, s, side, a.copies_out ? out_map : nullptr);
     return;
   }
   ptx::NamedBarrier(1, S::kConsumers);  // all have read the stages
@@ -141,7 +140,8 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
     GemmWgmma(const __grid_constant__ Arguments a,
               const __grid_constant__ CUtensorMap w_map,
-              const __grid_constant__ CUtensorMap x_map) {
+              const __grid_constant__ CUtensorMap x_map,
+              const __grid_constant__ CUtensorMap out_map) {
   extern __shared__ uint8_t memory[];
   const Shared s = DivideShared<S>(ptx::SharedAddress(memory));
   if (threadIdx.x == 0) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     }
     Producer<S> producer;
-    for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
+    for (int i = first; FindPlace<S>(a, NumRowTiles(a), i, &place); i += stride) {
       producer.Run(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
     }
     __syncwarp();
@@ -177,10 +177,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
     if constexpr (S::kMovesRegisters) {
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     }
-    Consumer<S> consumer(warpgroup / S::kSide);
-    for (int i = first; FindPlace<S>(a, i, &place); i += stride) {
-      Consume<S>(a, place, s, warpgroup, &consumer);
+    const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
+    Consumer<S> consumer(deep);
+    const int num_row_tiles = NumRowTiles(a);
+    int i = first;
+    bool is_there = FindPlace<S>(a, num_row_tiles, i, &place);
+    while (is_there) {
+      consumer.Run(place, s, side, deep);
+      const Place done = place;
+      // Before the result is stored, as it takes a while.
+      is_there = FindPlace<S>(a, num_row_tiles, i += stride, &place);
+      Store<S>(a, done, s, &out_map, side, deep, &consumer);
     }
+    ptx::StoreTileWaitAll();
     if (a.split_k > 1) ptx::ClusterSync();  // others read this block's sums
   }
 }

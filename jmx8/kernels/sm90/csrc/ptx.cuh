@@ -90,6 +90,30 @@ __device__ __forceinline__ void LoadTile3(uint32_t to, const CUtensorMap* map,
       : "memory");
 }
 
+// A tile from shared to global memory, but for what is outside of the tensor.
+__device__ __forceinline__ void StoreTile2(const CUtensorMap* map, int c0, int c1,
+                                           uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
+          map),
+      "r"(c0), "r"(c1), "r"(from)
+      : "memory");
+}
+
+__device__ __forceinline__ void StoreTileCommit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until the thread's StoreTile2 have read shared memory, but for the last groups'.
+template <int kPending>
+__device__ __forceinline__ void StoreTileWaitRead() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void StoreTileWaitAll() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

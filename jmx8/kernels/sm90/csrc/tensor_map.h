@@ -64,4 +64,22 @@ inline const char* EncodeRows(const Gemm& g, int box_rows, CUtensorMap* map) {
          "multiple of 16 bytes";
 }
 
+// The result as [num_slots, columns], in boxes of `box_rows` rows of 32 or 64 columns.
+inline const char* EncodeOut(const Gemm& g, int box_rows, int box_columns,
+                             CUtensorMap* map) {
+  const cuuint64_t columns = g.out_pitch;
+  const cuuint64_t size[2] = {columns, static_cast<cuuint64_t>(g.num_slots)};
+  const cuuint64_t pitch[1] = {columns * 2};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
+                             static_cast<cuuint32_t>(box_rows)};
+  const CUtensorMapSwizzle swizzle =
+      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  if (Encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, g.out, size, pitch, box,
+             swizzle)) {
+    return nullptr;
+  }
+  return "the result cannot be described to the copy engine; it must begin at a "
+         "multiple of 16 bytes";
+}
+
 }  // namespace jmx8

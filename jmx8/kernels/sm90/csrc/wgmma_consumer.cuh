@@ -21,7 +21,7 @@ struct Consumer {
 
   Ring<S> multiplied, loaded, words;
   float sums[S::kBlocks][S::kRows / 2];
-  uint32_t pass = 0;                // which half of `Shared::passes` is next
+  int pass = 0;  // which part of `Shared::passes` is next
 
   __device__ __forceinline__ explicit Consumer(int deep) {
     multiplied.Advance(deep * S::kPerWord);
@@ -139,11 +139,12 @@ struct Consumer {
   }
 
   // To the result, if no other warpgroup has a part of the sums, and it is bf16.
+  // out_map: of the result, nullptr if it has none.
   __device__ __forceinline__ void StoreResult(const Gemm& g, const Place& p,
-                                              const Shared& s, int side) {
+                                              const Shared& s, int side,
+                                              const CUtensorMap* out_map) {
     const bool gated = IsGated(g.activation);
-    const int columns = gated ? g.n / 2 : g.n;
-    if (g.bias != nullptr) AddBias(g, p, side, gated ? columns : S::kBoxN);
+    if (g.bias != nullptr) AddBias(g, p, side, gated ? g.n / 2 : S::kBoxN);
     if (gated) {
       if (g.activation == Activation::kSilu) {
         Activate([](float gate, float up) { return ApplySilu(gate, up); });
@@ -161,64 +162,94 @@ struct Consumer {
         }
       }
     }
-    // What the warps have is transposed to rows in shared memory, twice, so that one is
-    // read while the other is written. A warpgroup waits for no other: while it stores,
-    // another multiplies.
+    StorePasses(g, p, s, side, out_map);
+  }
+
+  // What the warps have is transposed to rows in shared memory, and copied from there
+  // while the next tile is multiplied. A warpgroup waits for no other.
+  __device__ __forceinline__ void StorePasses(const Gemm& g, const Place& p,
+                                              const Shared& s, int side,
+                                              const CUtensorMap* out_map) {
+    const bool gated = IsGated(g.activation), copies = threadIdx.x % 128 == 0;
+    const int n = p.n0 + side * S::kSideBoxN;
 #pragma unroll
     for (int first = 0; first < S::kRows; first += S::kPassRows) {
       if (first >= p.num_slots) break;
-      const uint32_t at = s.passes + (2 * side + pass) * S::kPassBytes;
-      pass ^= 1;
+      const uint32_t at = s.passes + (side * S::kPasses + pass) * S::kPassBytes;
+      pass = pass + 1 == S::kPasses ? 0 : pass + 1;
+      if (copies) ptx::StoreTileWaitRead<S::kPasses - 1>();
+      ptx::NamedBarrier(3 + side, 128);  // what was there has been copied
       PutColumns(at, first, gated);
+      ptx::FenceAsyncProxy();
       ptx::NamedBarrier(3 + side, 128);
-      if (gated) {
-        StoreRows<1>(g, p, at, first, columns, side);
+      // After a tile's last slot comes another tile's first, or the end of the result.
+      if (out_map && (g.tiles == nullptr || first + S::kPassRows <= p.num_slots)) {
+        if (copies) {
+          ptx::StoreTile2(out_map, n, p.first_slot + first, at);
+          if (!gated) {
+            ptx::StoreTile2(out_map, n + S::kBoxN, p.first_slot + first,
+                            at + S::kPassBytes / 2);
+          }
+        }
+      } else if (gated) {
+        StoreRows<1>(g, p, at, first, n);
       } else {
-        StoreRows<2>(g, p, at, first, columns, side);
+        StoreRows<2>(g, p, at, first, n);
       }
+      if (copies) ptx::StoreTileCommit();
     }
+  }
+
+  // Where eight columns of a row are, as the copy engine wants them: with the chunks of
+  // 16 bytes exchanged, so that a column has all banks.
+  __device__ __forceinline__ static uint32_t ChunkAt(uint32_t at, int row, int chunk) {
+    const int swizzle = S::kPassPitch == 128 ? row & 7 : row >> 1 & 3;
+    return at + row * S::kPassPitch + ((chunk ^ swizzle) << 4);
   }
 
   // Of rows from `first` on the warp's columns, eight at a time.
   __device__ __forceinline__ void PutColumns(uint32_t at, int first, bool gated) {
-    constexpr int kMatrices = S::kPassRows / 8;
-    const uint32_t row = threadIdx.x % S::kPassRows;
+    constexpr int kAtOnce = S::kPassRows < 32 ? S::kPassRows : 32;
 #pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
+    for (int row = 0; row < S::kPassRows; row += kAtOnce) {
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
         if (box == 1 && gated) break;
-        const int n = box * S::kSideBoxN + b * 32 + threadIdx.x / 32 % 4 * 8;
-        uint32_t values[kMatrices];
 #pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-          const int i = (first / 8 + m) * 4 + box * 2;
-          values[m] = ptx::PackBf16(sums[b][i], sums[b][i + 1]);
+        for (int b = 0; b < S::kBlocks; ++b) {
+          uint32_t values[kAtOnce / 8];
+#pragma unroll
+          for (int m = 0; m < kAtOnce / 8; ++m) {
+            const int i = ((first + row) / 8 + m) * 4 + box * 2;
+            values[m] = ptx::PackBf16(sums[b][i], sums[b][i + 1]);
+          }
+          ptx::StoreTransposed(
+              ChunkAt(at + box * S::kPassBytes / 2,
+                      row + threadIdx.x % kAtOnce, b * 4 + threadIdx.x / 32 % 4),
+              values);
         }
-        ptx::StoreTransposed(at + row * S::kPassPitch + n * 2, values);
       }
     }
   }
 
-  // Eight columns at a time, of the warpgroup's part of each box.
+  // Eight columns at a time, of the warpgroup's part of each box, from column `n0` on.
   template <int kBoxes>
   __device__ __forceinline__ static void StoreRows(const Gemm& g, const Place& p,
-                                                   uint32_t at, int first, int columns,
-                                                   int side) {
+                                                   uint32_t at, int first, int n0) {
     constexpr int kPerBox = S::kSideBoxN / 8, kPerRow = kBoxes * kPerBox;
     const int num_rows = min(S::kPassRows, p.num_slots - first);
+    const int columns = kBoxes == 1 ? g.n / 2 : g.n;
     const bool aligned = g.out_pitch % 8 == 0;
 #pragma unroll
     for (int i = threadIdx.x % 128; i < S::kPassRows * kPerRow; i += 128) {
-      const int row = i / kPerRow, part = i % kPerRow;
-      const int n = p.n0 + part / kPerBox * S::kBoxN + side * S::kSideBoxN +
-                    part % kPerBox * 8;
+      const int row = i / kPerRow, box = i % kPerRow / kPerBox, chunk = i % kPerBox;
+      const int n = n0 + box * S::kBoxN + chunk * 8;
       const int count = min(8, columns - n);
       if (row >= num_rows || count <= 0) continue;
-      auto* to = static_cast<__nv_bfloat16*>(g.out) +
-                 int64_t{p.first_slot + first + row} * g.out_pitch + n;
-      const uint32_t from = at + row * S::kPassPitch;
-      StoreEight(to, from + part * 16, count, aligned);
+      StoreEight(static_cast<__nv_bfloat16*>(g.out) +
+                     int64_t{p.first_slot + first + row} * g.out_pitch + n,
+                 ChunkAt(at + box * S::kPassBytes / 2, row, chunk), count,
+                 aligned);
     }
   }
 

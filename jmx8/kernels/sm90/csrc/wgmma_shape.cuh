@@ -36,12 +36,18 @@ struct Shape {
   static constexpr int kRowBytes = kRows * kK * 2;
   static constexpr int kStageBytes = kWeightBytes + kRowBytes;
   static constexpr int kScaleBytes = kN * 4;  // 128 of k
-  // Rows of the result that a warpgroup puts together in shared memory at a time.
-  static constexpr int kPassRows = kRows == 256 ? 32 : kRows >= 32 ? 16 : 8;
-  static constexpr int kPassPitch = (2 * kSideBoxN + 8) * 2;  // no bank conflicts
-  static constexpr int kPassBytes = kPassRows * kPassPitch;
+  // Rows of the result that a warpgroup puts together in shared memory at a time, and
+  // how often it does until it waits for the first ones to be copied from there.
+  static constexpr int kMostPassRows = kRows == 256 ? 64 : kOccupancy == 1 ? 32 : 16;
+  static constexpr int kPassRows = kRows < kMostPassRows ? kRows : kMostPassRows;
+  static constexpr int kMostPasses = kOccupancy == 1 ? 3 : 2;
+  static constexpr int kPasses =
+      kRows / kPassRows < kMostPasses ? kRows / kPassRows : kMostPasses;
+  static constexpr int kPassPitch = kSideBoxN * 2;  // of one box
+  static constexpr int kPassBytes = 2 * kPassRows * kPassPitch;
   static constexpr int kFixedBytes =
-      1024 + (kDeep == 1 ? 2 * kSide * kPassBytes : 0);
+      1024 + (kDeep == 1 ? kPasses * kSide * kPassBytes : 0);
+  static_assert(kPassBytes % 1024 == 0);
   static constexpr int kBudget = 227 * 1024 / kOccupancy - kFixedBytes - 1024;
   static constexpr int kFit = kBudget / (kStageBytes + kScaleBytes);
   static constexpr int kStages = kFit < 12 ? kFit : 12;
@@ -61,6 +67,7 @@ struct Arguments {
   Gemm gemm;
   int num_row_tiles, num_n_tiles, split_k, group_rows;
   bool scales_are_words;  // of four, aligned
+  bool copies_out;        // to the result by the copy engine
 };
 
 // One tile of the result, or a part of k of it.
@@ -69,11 +76,14 @@ struct Place {
   int first_word, num_words;  // of 128 of k, and maybe more than there are: zeros
 };
 
+__device__ __forceinline__ int NumRowTiles(const Arguments& a) {
+  return a.gemm.tiles == nullptr ? a.num_row_tiles : *a.gemm.num_tiles;
+}
+
 // Tile `index` of those that there are; false past the last.
 template <class S>
-__device__ bool FindPlace(const Arguments& a, int index, Place* place) {
-  const int num_row_tiles =
-      a.gemm.tiles == nullptr ? a.num_row_tiles : *a.gemm.num_tiles;
+__device__ bool FindPlace(const Arguments& a, int num_row_tiles, int index,
+                          Place* place) {
   const int num_n = a.num_n_tiles;
   if (index >= num_row_tiles * num_n) return false;
   // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
@@ -120,11 +130,12 @@ struct Shared {
 template <class S>
 __device__ Shared DivideShared(uint32_t base) {
   Shared s;
+  // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
+  base = (base + 1023) / 1024 * 1024;
   s.full = base;
   s.empty = base + 8 * S::kStages;
   s.passes = base + 1024;
-  // The swizzle is one of addresses: what it applies to begins at a multiple of 1024.
-  s.weights = (base + S::kFixedBytes + 1023) / 1024 * 1024;
+  s.weights = base + S::kFixedBytes;
   s.rows = s.weights + S::kStages * S::kWeightBytes;
   s.scales = s.rows + S::kStages * S::kRowBytes;
   return s;
