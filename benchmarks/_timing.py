@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +34,17 @@ def median_seconds(
     return statistics.median(times)
 
 
-def replay_seconds(function: Callable[..., Any], *args: Any, rounds: int = 7) -> float:
+def replay_seconds(
+    function: Callable[..., Any], *args: Any, rounds: int = 7, rest: float = 0.0
+) -> float:
     """Returns the median over rounds of the mean time of a call, compiled before.
 
     No result is kept, as in a loop: a captured graph is updated when a buffer has moved
-    since the last run. A round takes 20 ms or more.
+    since the last run. A round takes 20 ms or more, after `rest` seconds of nothing.
     """
 
     def timed(calls):
+        time.sleep(rest)
         start = time.perf_counter()
         for _ in range(calls - 1):
             function(*args)
@@ -54,22 +57,30 @@ def replay_seconds(function: Callable[..., Any], *args: Any, rounds: int = 7) ->
     return statistics.median(timed(calls) for _ in range(rounds))
 
 
-def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
-    """Returns name and µs of each kernel that `run()` launches, in order."""
+class Kernel(NamedTuple):
+    """A kernel that ran: µs from some moment on, and how many."""
+
+    name: str
+    start: float
+    us: float
+
+
+def kernel_times(run: Callable[[], Any]) -> list[Kernel]:
+    """Returns the kernels that `run()` launches, in order."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(trace))
-    events = [
-        (event.start_ns, event.name, event.duration_ns / 1e3)
+    kernels = [
+        Kernel(event.name, event.start_ns / 1e3, event.duration_ns / 1e3)
         for plane in data.planes
         if "GPU" in plane.name
         for line in plane.lines
         if "Stream" in line.name
         for event in line.events
     ]
-    return [(name, us) for _, name, us in sorted(events)]
+    return sorted(kernels, key=lambda kernel: kernel.start)
 
 
 def read_bandwidth(num_bytes: int = 1 << 31) -> float:
@@ -117,25 +128,41 @@ def measure_roof() -> Roof:
     return Roof(read_bandwidth(), max(copy_bandwidth(), memcpy), matmul_rate(8192))
 
 
+class CallTimes(NamedTuple):
+    """µs of one call of those in a program.
+
+    Attributes:
+        program: As the host sees it, of many runs of the program.
+        alone: What the profiler counts for kernels, without what lies between them.
+        device: From the first kernel's start to the last one's end, of one run.
+    """
+
+    program: float
+    alone: float
+    device: float
+
+
 def time_calls(
     call: Callable[..., Any],
     shared: tuple[Any, ...],
     each: list[tuple[Any, ...]],
+    rest: float = 0.0,
     **compiler_options: Any,
-) -> tuple[float, float]:
-    """Returns µs of one of `call(*shared, *one)`: in a program of all, and alone.
+) -> CallTimes:
+    """Returns the times of `call(*shared, *one)` in a program of one after the other.
 
-    Alone is what the profiler counts for kernels, without what lies between them. No
-    two of `each` may be equal, or XLA would compute them once.
+    No two of `each` may be equal, or XLA would compute them once. `rest`: as
+    `replay_seconds` takes it.
     """
     run = jax.jit(
         lambda shared, each: [call(*shared, *one) for one in each],
         compiler_options=compiler_options or None,
     )
-    seconds = replay_seconds(run, shared, each)
-    events = kernel_times(lambda: jax.block_until_ready(run(shared, each)))
-    alone = sum(us for _, us in events)
-    return seconds * 1e6 / len(each), alone / len(each)
+    seconds = replay_seconds(run, shared, each, rest=rest)
+    kernels = kernel_times(lambda: jax.block_until_ready(run(shared, each)))
+    alone = sum(kernel.us for kernel in kernels)
+    device = kernels[-1].start + kernels[-1].us - kernels[0].start
+    return CallTimes(*(us / len(each) for us in (seconds * 1e6, alone, device)))
 
 
 def describe_run() -> str:

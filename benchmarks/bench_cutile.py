@@ -168,7 +168,7 @@ def device_time(product, x, weights):
     events = kernel_times(
         lambda: jax.block_until_ready([run(x, weights) for _ in range(5)])
     )
-    return sum(us for _, us in events) / (5 * len(weights))
+    return sum(kernel.us for kernel in events) / (5 * len(weights))
 
 
 def bench_dense(args):

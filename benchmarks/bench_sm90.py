@@ -3,10 +3,13 @@
 Every part that is named is run: `--dense`, `--moe`, `--convert`, `--chain`; without
 names, all. A time is that of one call in a jitted program of many, which XLA captures
 into a CUDA graph, over weights that together exceed the cache 25 times, for many rows
-10 times; "alone" is what the profiler counts for the kernels themselves. The floor is
-the larger of the bytes over the measured read bandwidth and the arithmetic over the
-measured rate of a bfloat16 matmul. Results are checked against float64; a wrong one is
-reported as wrong, whatever its time.
+10 times; "alone" is what the profiler counts for the kernels themselves, and "on the
+device" is the time from the first kernel's start to the last one's end, as those of a
+layer overlap. Without `--rest`, long products run at the clock that the power allows,
+with it at that of a GPU that does not work all the time. The floor is the larger of the
+bytes over the measured read bandwidth and the arithmetic over the measured rate of a
+bfloat16 matmul. Results are checked against float64; a wrong one is reported as wrong,
+whatever its time.
 """
 
 import argparse
@@ -66,13 +69,13 @@ def parts_of(w: MXArray):
     return w.elements, w.scales
 
 
-def time_bf16(x, weights):
-    """Returns µs in a program and alone, with whatever of XLA's matmuls is best."""
+def time_bf16(x, weights, rest):
+    """Returns the times with whatever of XLA's matmuls is best."""
     product = lambda x, w: x @ w.T
     each = [(w,) for w in weights]
     return min(
-        time_calls(product, (x,), each),
-        time_calls(product, (x,), each, xla_gpu_enable_triton_gemm=False),
+        time_calls(product, (x,), each, rest),
+        time_calls(product, (x,), each, rest, xla_gpu_enable_triton_gemm=False),
     )
 
 
@@ -114,11 +117,11 @@ def bench_dense(args, roof, peers):
                 call = lambda x, elements, scales, name=name: mx_matmul(
                     x, MXArray(elements, scales), implementation=name
                 )
-                times.append(time_calls(call, (x,), each))
+                times.append(time_calls(call, (x,), each, args.rest))
                 out = jax.jit(call)(x, *each[0])
                 errors.append(dense_error(out, x, exact_weight))
-            (us, alone), *cutile = times
-            bf16_us, bf16_alone = time_bf16(x, bf16[chosen])
+            (us, alone, _), *cutile = times
+            bf16_us, bf16_alone, _ = time_bf16(x, bf16[chosen], args.rest)
             num_bytes = weights[0].nbytes + x.nbytes + 2 * m * n
             floor = roof.floor(num_bytes, 2 * m * n * k)
             found = [peer.get(f"{k}x{n}", {}).get(str(m)) for peer in peers.values()]
@@ -134,7 +137,7 @@ def bench_dense(args, roof, peers):
                     ratio(bf16_alone, alone),
                     number(floor),
                     ratio(us, floor),
-                    *(number(time) for time, _ in cutile),
+                    *(number(time.program) for time in cutile),
                     *map(number, found),
                     verdict(errors[0], DENSE_ERROR),
                 ]
@@ -167,8 +170,8 @@ def to_local(layer, ids):
 class MoE:
     """One MoE shape: its weights, and how each side computes the layer."""
 
-    def __init__(self, layer):
-        self.layer = layer
+    def __init__(self, layer, rest):
+        self.layer, self.rest = layer, rest
         e, h, i = layer.here, layer.hidden, layer.intermediate
         count = max(2, -(-WEIGHT_BYTES // (3 * e * h * i)))
         make = jax.jit(quantized, static_argnums=(1, 2, 3))
@@ -193,7 +196,7 @@ class MoE:
         return self.run(x, e13, s13, e2, s2, *routed)
 
     def time(self, call, x, routed, *, bf16=False):
-        """Returns µs of a layer in a program of as many as there are routings."""
+        """Returns the times of a layer, in a program of one for each routing."""
         sets = (
             self.bf16 if bf16 else [(*parts_of(a), *parts_of(b)) for a, b in self.sets]
         )
@@ -201,8 +204,7 @@ class MoE:
             (*sets[i % len(sets)], *(r if isinstance(r, tuple) else (r,)))
             for i, r in enumerate(routed)
         ]
-        # Not the kernels alone: they overlap.
-        return time_calls(call, (x,), each)[0]
+        return time_calls(call, (x,), each, self.rest)
 
     def floor(self, roof, routed):
         layer = self.layer
@@ -219,7 +221,7 @@ def bench_moe(args, roof, peers):
     lines = []
     for name in args.layers:
         layer = LAYERS[name]
-        moe = MoE(layer)
+        moe = MoE(layer, args.rest)
         here = f", {layer.here} of them here" if layer.here < layer.experts else ""
         lines.append(
             f"\n{layer.experts} experts{here}, top-{layer.top_k}, hidden "
@@ -234,10 +236,10 @@ def bench_moe(args, roof, peers):
                 rows.append(moe_row(args, moe, roof, columns, t, exponent))
                 rows[-1] += [""] * (len(peers) - len(columns))
                 print("#", *rows[-1], flush=True)
-        header = ["routing", "tokens", "sm90, µs", "floor", "sm90 over floor"]
-        header += ["Pallas bf16", "Pallas over sm90", "`lax.ragged_dot` bf16"]
-        header += ["routing adds", "XLA's routing adds", "experts in use"]
-        header += ["error against float64", *peers]
+        header = ["routing", "tokens", "sm90, µs", "on the device", "floor"]
+        header += ["sm90 over floor", "Pallas bf16", "Pallas over sm90"]
+        header += ["`lax.ragged_dot` bf16", "routing adds", "XLA's routing adds"]
+        header += ["experts in use", "error against float64", *peers]
         lines.append(markdown_table(header, rows))
     return "\n".join(lines)
 
@@ -250,9 +252,9 @@ def moe_row(args, moe, roof, peers, t, exponent):
     logits = [draw_logits(k, t, layer, exponent) for k in jax.random.split(key, count)]
     choose = jax.jit(lambda a: route(a, "softmax", layer.top_k, implementation="xla"))
     routed = [choose(a) for a in logits]
-    us = moe.time(moe.run, x, routed)
+    us, _, device = moe.time(moe.run, x, routed)
     with_routing = [
-        moe.time(functools.partial(moe.run_from_logits, router=name), x, logits)
+        moe.time(functools.partial(moe.run_from_logits, router=name), x, logits).program
         for name in ("sm90", "xla")
     ]
     local = [(to_local(layer, ids), weights) for ids, weights in routed]
@@ -260,17 +262,18 @@ def moe_row(args, moe, roof, peers, t, exponent):
     out = jax.jit(moe.run)(x, *parts_of(w13), *parts_of(w2), *routed[0])
     error = relative_error(out, x, w13, w2, *local[0])
     pallas = ragged = None
-    if not args.no_peers:
+    if not args.no_peers and (args.peer_tokens is None or t in args.peer_tokens):
         if t >= 16:  # with fewer it has no whole block of rows
             peer = functools.partial(pallas_moe, 64 if t <= 256 else 128)
-            pallas = moe.time(peer, x, local[: len(moe.sets)], bf16=True)
+            pallas = moe.time(peer, x, local[: len(moe.sets)], bf16=True).program
         if t in args.ragged_tokens and not exponent and layer.here == layer.experts:
-            ragged = moe.time(ragged_moe, x, local[: len(moe.sets)], bf16=True)
+            ragged = moe.time(ragged_moe, x, local[: len(moe.sets)], bf16=True).program
     floor, active = moe.floor(roof, routed)
     return [
         f"Zipf {exponent:g}" if exponent else "uniform",
         f"{t:,}",
         number(us),
+        number(device),
         number(floor),
         ratio(us, floor),
         number(pallas, 0),
@@ -290,12 +293,8 @@ def bench_convert(args, roof, peers):
         convert = jax.jit(quantize)
         w = convert(x)
         seconds = median_seconds(convert, x)
-        ((_, us),) = [
-            max(
-                kernel_times(lambda: jax.block_until_ready(convert(x))),  # noqa: B023
-                key=lambda event: event[1],
-            )
-        ]
+        kernels = kernel_times(lambda: jax.block_until_ready(convert(x)))  # noqa: B023
+        us = max(kernel.us for kernel in kernels)
         num_bytes = x.nbytes + w.nbytes
         rows.append(
             [
@@ -333,7 +332,7 @@ def bench_chain(args, roof, peers):
         run = chain(step)
         us = replay_seconds(run, x) * 1e6 / length
         events = kernel_times(lambda: jax.block_until_ready(run(x)))  # noqa: B023
-        alone = sum(time for _, time in events) / length
+        alone = sum(kernel.us for kernel in events) / length
         rows.append([name, f"{us:.2f}", f"{alone:.2f}", f"{us - alone:.2f}"])
     header = [f"chain of {length} calls, 64 to 64, one row", "µs per call", "alone"]
     return markdown_table([*header, "between calls"], rows)
@@ -365,6 +364,8 @@ def main() -> None:
     parser.add_argument("--no-uniform", action="store_true")
     parser.add_argument("--no-peers", action="store_true", help="only sm90")
     parser.add_argument("--ragged-tokens", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--peer-tokens", type=int, nargs="*", help="None: all")
+    parser.add_argument("--rest", type=float, default=0.0, help="s before each round")
     parser.add_argument("--length", type=int, default=400, help="of the chain")
     parser.add_argument("--peers", help="JSON with times of others, see results/")
     args = parser.parse_args()

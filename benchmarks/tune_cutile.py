@@ -233,7 +233,8 @@ def time_stages(stages, run, operands, kernels_per_call):
             for _ in range(REPEATS):
                 jax.block_until_ready(function(*others, weights))
 
-    events = [us for name, us in kernel_times(run_all) if name.startswith(OUR_KERNELS)]
+    kernels = kernel_times(run_all)
+    events = [k.us for k in kernels if k.name.startswith(OUR_KERNELS)]
     found = []
     for stage in stages:
         each = kernels_per_call(stage)
