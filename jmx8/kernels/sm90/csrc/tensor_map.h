@@ -32,8 +32,14 @@ inline bool Encode(CUtensorMap* map, CUtensorMapDataType type, int rank,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Of rows of `bytes` bytes, 64 or 128: chunks of 16 bytes are exchanged so that a column
+// has all banks.
+inline CUtensorMapSwizzle SwizzleOf(int bytes) {
+  return bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+}
+
 // The elements as [num_experts, n, k], in boxes of `box_rows` rows of `box_k` bytes, 64
-// or 128, whose chunks of 16 bytes are exchanged so that a column has all banks.
+// or 128.
 inline const char* EncodeElements(const Gemm& g, int box_rows, int box_k,
                                   CUtensorMap* map) {
   const cuuint64_t k = g.k, n = g.n;
@@ -41,41 +47,37 @@ inline const char* EncodeElements(const Gemm& g, int box_rows, int box_k,
   const cuuint64_t pitch[2] = {k, k * n};
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_k),
                              static_cast<cuuint32_t>(box_rows), 1};
-  const CUtensorMapSwizzle swizzle =
-      box_k == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  if (Encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, g.w, size, pitch, box, swizzle)) {
+  if (Encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, g.w, size, pitch, box,
+             SwizzleOf(box_k))) {
     return nullptr;
   }
   return "the weights cannot be described to the copy engine; they must begin at a "
          "multiple of 16 bytes";
 }
 
+// bf16 [rows, columns], in boxes of `box_rows` rows of `box_columns` columns, 32 or 64.
+inline bool EncodeMatrix(const void* data, int rows, int columns, int box_rows,
+                         int box_columns, CUtensorMap* map) {
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns),
+                              static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {size[0] * 2};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
+                             static_cast<cuuint32_t>(box_rows)};
+  return Encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, size, pitch, box,
+                SwizzleOf(box_columns * 2));
+}
+
 // The activations as [num_x_rows, k], in boxes of `box_rows` rows of 64 columns.
 inline const char* EncodeRows(const Gemm& g, int box_rows, CUtensorMap* map) {
-  const cuuint64_t k = g.k;
-  const cuuint64_t size[2] = {k, static_cast<cuuint64_t>(g.num_x_rows)};
-  const cuuint64_t pitch[1] = {k * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
-  if (Encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, g.x, size, pitch, box,
-             CU_TENSOR_MAP_SWIZZLE_128B)) {
-    return nullptr;
-  }
+  if (EncodeMatrix(g.x, g.num_x_rows, g.k, box_rows, 64, map)) return nullptr;
   return "the activations cannot be described to the copy engine; they must begin at a "
          "multiple of 16 bytes";
 }
 
-// The result as [num_slots, columns], in boxes of `box_rows` rows of 32 or 64 columns.
+// The result as [num_slots, out_pitch], in boxes as EncodeMatrix takes them.
 inline const char* EncodeOut(const Gemm& g, int box_rows, int box_columns,
                              CUtensorMap* map) {
-  const cuuint64_t columns = g.out_pitch;
-  const cuuint64_t size[2] = {columns, static_cast<cuuint64_t>(g.num_slots)};
-  const cuuint64_t pitch[1] = {columns * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
-                             static_cast<cuuint32_t>(box_rows)};
-  const CUtensorMapSwizzle swizzle =
-      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  if (Encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, g.out, size, pitch, box,
-             swizzle)) {
+  if (EncodeMatrix(g.out, g.num_slots, g.out_pitch, box_rows, box_columns, map)) {
     return nullptr;
   }
   return "the result cannot be described to the copy engine; it must begin at a "
