@@ -262,7 +262,7 @@ def moe_row(args, moe, roof, peers, t, exponent):
     out = jax.jit(moe.run)(x, *parts_of(w13), *parts_of(w2), *routed[0])
     error = relative_error(out, x, w13, w2, *local[0])
     pallas = ragged = None
-    if not args.no_peers and (args.peer_tokens is None or t in args.peer_tokens):
+    if args.peer_tokens is None or t in args.peer_tokens:
         if t >= 16:  # with fewer it has no whole block of rows
             peer = functools.partial(pallas_moe, 64 if t <= 256 else 128)
             pallas = moe.time(peer, x, local[: len(moe.sets)], bf16=True).program
@@ -362,9 +362,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", help="None: those of a layer")
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent; 0 for none")
     parser.add_argument("--no-uniform", action="store_true")
-    parser.add_argument("--no-peers", action="store_true", help="only sm90")
     parser.add_argument("--ragged-tokens", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--peer-tokens", type=int, nargs="*", help="None: all")
+    parser.add_argument(
+        "--no-peers", dest="peer_tokens", action="store_const", const=[]
+    )
     parser.add_argument("--rest", type=float, default=0.0, help="s before each round")
     parser.add_argument("--length", type=int, default=400, help="of the chain")
     parser.add_argument("--peers", help="JSON with times of others, see results/")
