@@ -365,7 +365,11 @@ def main() -> None:
     parser.add_argument("--ragged-tokens", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--peer-tokens", type=int, nargs="*", help="None: all")
     parser.add_argument(
-        "--no-peers", dest="peer_tokens", action="store_const", const=[]
+        "--no-peers",
+        dest="peer_tokens",
+        action="store_const",
+        const=[],
+        help="only sm90",
     )
     parser.add_argument("--rest", type=float, default=0.0, help="s before each round")
     parser.add_argument("--length", type=int, default=400, help="of the chain")
