@@ -23,11 +23,11 @@ class GemmConfig(NamedTuple):
 
 # What tactics that were measured belong to: changes when a configuration comes to mean
 # something else.
-VERSION = "2"
+VERSION = "3"
 
 # The variants of each number of tile rows, and those that a first expert matmul can
 # have, with a gather and a gate: of gemm_mma.cu and of gemm_wgmma.cu.
-_MMA = {1: (1, 2, 3, 7), 8: (2, 4, 6, 7), 16: (4, 6, 7)}
+_MMA = {1: (1, 2, 3, 5), 8: (2, 4, 6, 7, 8, 9), 16: (4, 6, 7, 8), 32: (7, 10)}
 _MMA_FIRST = (2, 4, 6)
 _WGMMA = {
     **{8: (0, 2), 16: (0, 2), 32: (0, 2, 6)},

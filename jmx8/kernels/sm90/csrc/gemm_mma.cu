@@ -1,14 +1,13 @@
 // Which shapes of GemmMma there are, and how they are launched.
 //
-// Registers: GemmMma <= 152
+// Registers: GemmMma <= 216
 #include "gemm_mma.cuh"
 #include "launch.cuh"
-#include "tensor_map.h"
 
 namespace jmx8 {
 namespace {
 
-using KernelFunction = void (*)(Gemm, CUtensorMap, int);
+using KernelFunction = void (*)(Gemm, int);
 
 struct Entry {
   int variant, slots, rows, weight_tiles, threads, shared_bytes;
@@ -24,14 +23,17 @@ constexpr Entry MakeEntry(int variant) {
 
 // Variants, as warps, warps that share k, tiles of 16 weight rows of a warp, stages:
 //   1: 8, 8, 1, 2    2: 4, 4, 2, 2    3: 4, 4, 1, 2
-//   4: 8, 8, 2, 2    6: 4, 2, 2, 2    7: 4, 4, 3, 2
+//   4: 8, 8, 2, 2    5: 4, 4, 1, 4    6: 4, 2, 2, 2    7: 4, 4, 3, 2
+//   8: 4, 4, 3, 3    9: 8, 8, 2, 3    10: 4, 4, 2, 3
 constexpr Entry kEntries[] = {
     MakeEntry<mma::Shape<8, 8, 1, 2, 1>>(1),  MakeEntry<mma::Shape<4, 4, 2, 2, 1>>(2),
-    MakeEntry<mma::Shape<4, 4, 1, 2, 1>>(3),  MakeEntry<mma::Shape<4, 4, 3, 2, 1>>(7),
+    MakeEntry<mma::Shape<4, 4, 1, 2, 1>>(3),  MakeEntry<mma::Shape<4, 4, 1, 4, 1>>(5),
     MakeEntry<mma::Shape<4, 4, 2, 2, 8>>(2),  MakeEntry<mma::Shape<8, 8, 2, 2, 8>>(4),
     MakeEntry<mma::Shape<4, 2, 2, 2, 8>>(6),  MakeEntry<mma::Shape<4, 4, 3, 2, 8>>(7),
+    MakeEntry<mma::Shape<4, 4, 3, 3, 8>>(8),  MakeEntry<mma::Shape<8, 8, 2, 3, 8>>(9),
     MakeEntry<mma::Shape<8, 8, 2, 2, 16>>(4), MakeEntry<mma::Shape<4, 2, 2, 2, 16>>(6),
-    MakeEntry<mma::Shape<4, 4, 3, 2, 16>>(7)};
+    MakeEntry<mma::Shape<4, 4, 3, 2, 16>>(7), MakeEntry<mma::Shape<4, 4, 3, 3, 16>>(8),
+    MakeEntry<mma::Shape<4, 4, 3, 2, 32>>(7), MakeEntry<mma::Shape<4, 4, 2, 3, 32>>(10)};
 
 }  // namespace
 
@@ -54,8 +56,7 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
         g.tiles ? g.max_tiles : (g.num_slots + entry.slots - 1) / entry.slots;
     if (row_blocks * tiles == 0) return nullptr;
     if (row_blocks * tiles > INT32_MAX) return "gemm_mma: too many thread blocks";
-    CUtensorMap map;
-    if (const char* error = EncodeElements(g, 16, 128, &map)) return error;
+    if (!IsAligned(g.w, 16)) return "the weights must begin at a multiple of 16 bytes";
     cudaError_t error = cudaFuncSetAttribute(
         entry.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_bytes);
     if (error == cudaSuccess) {
@@ -67,7 +68,7 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
       cudaLaunchAttribute early = EarlyStart();
       launch.attrs = &early;
       launch.numAttrs = g.starts_early;
-      error = cudaLaunchKernelEx(&launch, entry.kernel, g, map, row_blocks);
+      error = cudaLaunchKernelEx(&launch, entry.kernel, g, row_blocks);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }

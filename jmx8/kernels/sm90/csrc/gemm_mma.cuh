@@ -5,7 +5,7 @@
 // of slot r: the order of k within mma is free as long as weights and activations
 // agree, so both are read as they lie in memory. Each warp has a ring of stages in
 // shared memory of its own, which it fills itself: no warp waits for another until they
-// add up their sums.
+// add up their sums. Its lanes copy: the copy engine takes longer to begin.
 #pragma once
 
 #include "mma_block.cuh"
@@ -25,36 +25,41 @@ __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
 template <typename S>
 struct Warp {
   const Gemm& g;
-  const CUtensorMap* map;
   const Tile tile;
-  uint32_t elements, others, barriers;  // its parts of shared memory
+  uint32_t elements, others;  // its parts of shared memory
   int lane, r, c;
   int units;
-  int map_row;  // of the weight tile that the lane copies
+  const uint8_t* w[S::kWeightTiles];  // the lane's first chunk of each
+  uint32_t has_rows;                  // bits of the rows that the lane copies chunks of
   const uint8_t* scales[S::kScaleCopies];
   const uint8_t* x[S::kActivationCopies];
   uint32_t code_at[2];  // of row r in even and odd weight tiles
   uint64_t policy;
   float sums[S::kWeightTiles][S::kSlotTiles][4];
 
-  __device__ __forceinline__ Warp(const Gemm& gemm, const CUtensorMap* element_map,
-                                  const Block<S>& block, uint32_t shared)
+  __device__ __forceinline__ Warp(const Gemm& gemm, const Block<S>& block,
+                                  uint32_t shared)
       : g(gemm),
-        map(element_map),
         tile(block.tile),
         lane(threadIdx.x % 32),
         r(lane / 4),
         c(lane % 4),
         units((g.k + kUnit - 1) / kUnit),
+        has_rows(0),
         policy(ptx::EvictFirstPolicy()),
         sums{} {
     int warp = threadIdx.x / 32, group = warp / S::kWarpsK;
     elements = shared + warp * S::kStages * S::kElementBytes;
     others = shared + S::kWarps * S::kStages * S::kElementBytes +
              warp * S::kStages * S::kOtherBytes;
-    barriers = others + S::kStages * (S::kOtherBytes - S::kBarrierBytes);
-    map_row = block.WeightRow(group, lane % S::kWeightTiles);
     int64_t matrix = int64_t{tile.expert} * g.n;
+#pragma unroll
+    for (int i = 0; i < S::kWeightTiles; ++i) {
+      int row = block.WeightRow(group, i) + lane / 8;
+      w[i] = g.w + (matrix + row) * g.k + lane % 8 * 16;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) has_rows |= (row + j * 4 < g.n) << (i * 4 + j);
+    }
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
       int row = i * 32 + lane;
@@ -66,9 +71,6 @@ struct Warp {
       int64_t row = matrix + block.WeightRow(group, i % S::kWeightTiles) + r;
       code_at[i] = r * 8 + row * (g.k / 32) % 4 + c;
     }
-    if (lane < S::kStages) ptx::BarrierInit(barriers + lane * 8, 1);
-    ptx::FenceBarrierInit();
-    __syncwarp();
   }
 
   // Of the word that has a row's first scale; of rows past the last one, the last's.
@@ -91,18 +93,22 @@ struct Warp {
     return elements + stage * S::kElementBytes;
   }
   __device__ __forceinline__ uint32_t ActivationsAt(int stage) const {
-    return others + stage * (S::kOtherBytes - S::kBarrierBytes);
+    return others + stage * S::kOtherBytes;
   }
   __device__ __forceinline__ uint32_t ScalesAt(int stage) const {
     return ActivationsAt(stage) + S::kActivationBytes;
   }
 
   __device__ __forceinline__ void CopyWeights(int stage, int unit) {
-    if (lane < S::kWeightTiles) {
-      uint32_t barrier = barriers + stage * 8;
-      if (lane == 0) ptx::BarrierArriveExpect(barrier, S::kElementBytes);
-      ptx::LoadTile3(ElementsAt(stage) + lane * S::kTileBytes, map, barrier,
-                     unit * kUnit, map_row, tile.expert, policy);
+    int chunk = lane % 8, row = lane / 8;
+    bool has_k = unit * kUnit + chunk * 16 < g.k;
+    // Chunks are exchanged such that what several rows have of a column is in all banks.
+#pragma unroll
+    for (int i = 0; i < S::kWeightTiles * 4; ++i) {
+      uint32_t to = ElementsAt(stage) + (i * 4 + row) * kUnit +
+                    (chunk ^ (i % 2 * 4 + row)) * 16;
+      const uint8_t* from = w[i / 4] + int64_t{i % 4 * 4} * g.k + unit * kUnit;
+      ptx::CopyAsync16(to, from, has_k && (has_rows >> i & 1) ? 16 : 0, policy);
     }
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
@@ -208,27 +214,22 @@ struct Warp {
 
   __device__ __forceinline__ void Run() {
     int first = threadIdx.x / 32 % S::kWarpsK;
-    // The weights first: they do not wait for the rows of x to be known.
 #pragma unroll
     for (int i = 0; i < S::kStages; ++i) {
       int unit = first + i * S::kWarpsK;
       if (unit < units) CopyWeights(i, unit);
-    }
-    ptx::WaitForKernelBefore();
-    ptx::LetNextKernelStart();
-    FindActivations();
-#pragma unroll
-    for (int i = 0; i < S::kStages; ++i) {
-      int unit = first + i * S::kWarpsK;
+      if (i == 0) {  // weights do not wait for the rows of x to be known
+        ptx::WaitForKernelBefore();
+        ptx::LetNextKernelStart();
+        FindActivations();
+      }
       if (unit < units) CopyActivations(i, unit);
       ptx::CopyAsyncCommit();
     }
     int stage = 0;
-    uint32_t turn = 0;
 #pragma unroll 1
     for (int unit = first; unit < units; unit += S::kWarpsK) {
       ptx::CopyAsyncWait<S::kStages - 1>();
-      ptx::BarrierWait(barriers + stage * 8, turn);
       __syncwarp();
       Multiply(stage, unit);
       __syncwarp();
@@ -238,10 +239,7 @@ struct Warp {
         CopyActivations(stage, next);
       }
       ptx::CopyAsyncCommit();
-      if (++stage == S::kStages) {
-        stage = 0;
-        turn ^= 1;
-      }
+      if (++stage == S::kStages) stage = 0;
     }
     __syncwarp();
   }
@@ -266,9 +264,8 @@ struct Warp {
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    GemmMma(const __grid_constant__ Gemm g, const __grid_constant__ CUtensorMap map,
-            int row_blocks) {
-  extern __shared__ __align__(1024) uint8_t shared[];
+    GemmMma(const __grid_constant__ Gemm g, int row_blocks) {
+  extern __shared__ __align__(16) uint8_t shared[];
   Block<S> block;
   if (g.slot_rows) ptx::WaitForKernelBefore();
   int tile = blockIdx.x / row_blocks;
@@ -282,7 +279,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   block.gated = IsGated(g.activation);
   block.num_rows = block.gated ? g.n / 2 : g.n;
   block.first_row = blockIdx.x % row_blocks * (block.gated ? S::kRows / 2 : S::kRows);
-  Warp<S> warp(g, &map, block, ptx::SharedAddress(shared));
+  Warp<S> warp(g, block, ptx::SharedAddress(shared));
   warp.Run();
   warp.StoreSums();
   __syncthreads();

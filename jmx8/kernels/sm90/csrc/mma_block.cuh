@@ -24,14 +24,13 @@ struct Shape {
   static constexpr int kSlotTiles = (kSlots + 7) / 8;
   static constexpr int kActivationCopies = (kSlots + 1) / 2;
   static constexpr int kScaleCopies = (kWarpRows + 31) / 32;
-  // A warp's part of shared memory: stages of elements, which the copy engine wants
-  // aligned to 1024 bytes; stages of activations and scales; a barrier for each stage.
-  // A row has 8 bytes of scales, as the four that are needed may lie across two words.
-  static constexpr int kBarrierBytes = 16;
+  // A warp's part of shared memory: stages of elements, and stages of activations and
+  // scales. A row has 8 bytes of scales, as the four that are needed may lie across two
+  // words.
   static constexpr int kTileBytes = 16 * kUnit;
   static constexpr int kElementBytes = kWeightTiles * kTileBytes;
   static constexpr int kActivationBytes = kSlots * kUnit * 2;
-  static constexpr int kOtherBytes = kActivationBytes + kWarpRows * 8 + kBarrierBytes;
+  static constexpr int kOtherBytes = kActivationBytes + kWarpRows * 8;
   static constexpr int kSharedBytes = kWarps * kStages * (kElementBytes + kOtherBytes);
   // Sums of one mma: slots of 16 rows, padded so that a warp's stores hit all banks.
   static constexpr int kSumPitch = 20;

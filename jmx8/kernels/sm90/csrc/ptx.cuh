@@ -151,7 +151,16 @@ __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from,
                : "memory");
 }
 
-// The same through the first cache: blocks of one multiprocessor may read it, too.
+// The same, with a cache policy.
+__device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from,
+                                            uint32_t bytes, uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
+      "l"(from), "r"(bytes), "l"(policy)
+      : "memory");
+}
+
+// Copies as CopyAsync16 through the first cache: blocks of one multiprocessor may read it, too.
 __device__ __forceinline__ void CopyAsync16Cached(uint32_t to, const void* from,
                                                   uint32_t bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
