@@ -6,7 +6,7 @@ graph that goes through weights which together exceed the cache 10 times. Of a l
 experts, the fastest matmuls of each number of tile rows are then timed as a whole. The
 library is called on torch's tensors, since compiling each configuration into an XLA
 program would take minutes. The fastest go to the table that
-`jmx8/kernels/sm90/configs.py` reads; entries of other shapes stay.
+`jmx8/kernels/sm90/configs.py` reads; entries of other shapes and sizes stay.
 """
 
 import argparse
@@ -247,10 +247,8 @@ def tune_moe(here, experts, h, i, tokens):
 
 
 def write(table, kind, key, entries):
-    """Replaces the entries of the same shape, and writes one to a line."""
-    shapes = {key(entry) for entry in entries}
-    kept = [entry for entry in table[kind] if key(entry) not in shapes]
-    table[kind] = kept + entries
+    """Replaces the entries of the same key, and writes one to a line."""
+    table[kind] = list({key(entry): entry for entry in table[kind] + entries}.values())
     lines = []
     for name, value in table.items():
         if isinstance(value, list):
@@ -266,6 +264,7 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="only these")
     parser.add_argument("--moe", action="store_true", help="only these")
     parser.add_argument("--rows", type=int, nargs="*", default=DENSE_ROWS)
+    parser.add_argument("--tokens", type=int, nargs="*", help="None: those of a layer")
     args = parser.parse_args()
     both = args.dense == args.moe
     measured = f"{torch.cuda.get_device_name()}, {datetime.date.today()}"
@@ -276,11 +275,13 @@ def main() -> None:
     if args.dense or both:
         for k, n in DENSE_SHAPES:
             entries = list(tune_dense(k, n, args.rows))
-            write(table, "dense", lambda e: (e["n"], e["k"]), entries)
+            write(table, "dense", lambda e: (e["n"], e["k"], e["m"]), entries)
     if args.moe or both:
-        for shape in MOE_SHAPES:
-            entries = list(tune_moe(*shape))
-            write(table, "moe", lambda e: (e["h"], e["i"]), entries)
+        size = lambda e: (e["h"], e["i"], e["rows_per_expert"])
+        for here, experts, h, i, tokens in MOE_SHAPES:
+            chosen = [t for t in tokens if args.tokens is None or t in args.tokens]
+            entries = list(tune_moe(here, experts, h, i, chosen))
+            write(table, "moe", size, entries)
     print(TABLE.read_text())
 
 
