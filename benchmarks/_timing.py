@@ -151,13 +151,19 @@ def time_calls(
 ) -> CallTimes:
     """Returns the times of `call(*shared, *one)` in a program of one after the other.
 
-    No two of `each` may be equal, or XLA would compute them once. `rest`: as
-    `replay_seconds` takes it.
+    No two of `each` may be equal, or XLA would compute them once. Of each result one
+    element leaves the program: results that do have a new buffer in every run, for
+    which the captured graph is updated, as no model makes XLA do for each matmul.
+    `rest`: as `replay_seconds` takes it.
     """
-    run = jax.jit(
-        lambda shared, each: [call(*shared, *one) for one in each],
-        compiler_options=compiler_options or None,
-    )
+
+    def program(shared, each):
+        results = [call(*shared, *one) for one in each]
+        # Without it, only the one element would be computed.
+        results = jax.lax.optimization_barrier(results)
+        return jnp.stack([result.ravel()[0] for result in results])
+
+    run = jax.jit(program, compiler_options=compiler_options or None)
     seconds = replay_seconds(run, shared, each, rest=rest)
     kernels = kernel_times(lambda: jax.block_until_ready(run(shared, each)))
     alone = sum(kernel.us for kernel in kernels)
