@@ -126,10 +126,6 @@ __device__ __forceinline__ uint64_t EvictNormalPolicy() {
   return policy;
 }
 
-__device__ __forceinline__ void PrefetchDescriptor(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ void CopyAsync4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from)
                : "memory");
@@ -160,7 +156,8 @@ __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from,
       : "memory");
 }
 
-// Copies as CopyAsync16 through the first cache: blocks of one multiprocessor may read it, too.
+// As CopyAsync16, through the first cache: other blocks of the multiprocessor may read
+// it, too.
 __device__ __forceinline__ void CopyAsync16Cached(uint32_t to, const void* from,
                                                   uint32_t bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
