@@ -22,7 +22,7 @@ class GemmConfig(NamedTuple):
 
 
 # What tactics that were measured belong to: changes when a configuration comes to mean
-# something else.
+# something else, or is gone.
 VERSION = "3"
 
 # The variants of each number of tile rows, and those that a first expert matmul can
