@@ -1,11 +1,15 @@
 // Which shapes of GemmMma there are, and how they are launched.
 //
 // Registers: GemmMma <= 216
+#include <algorithm>
+
 #include "gemm_mma.cuh"
 #include "launch.cuh"
 
 namespace jmx8 {
 namespace {
+
+constexpr int64_t kMostBlocksInY = 65535;
 
 using KernelFunction = void (*)(Gemm, int);
 
@@ -55,20 +59,25 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
     int64_t tiles =
         g.tiles ? g.max_tiles : (g.num_slots + entry.slots - 1) / entry.slots;
     if (row_blocks * tiles == 0) return nullptr;
-    if (row_blocks * tiles > INT32_MAX) return "gemm_mma: too many thread blocks";
-    if (!IsAligned(g.w, 16)) return "the weights must begin at a multiple of 16 bytes";
+    if (!IsAligned(g.w, 16)) {
+      return "gemm_mma: the weights must begin at a multiple of 16 bytes";
+    }
     cudaError_t error = cudaFuncSetAttribute(
         entry.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_bytes);
     if (error == cudaSuccess) {
       cudaLaunchConfig_t launch = {};
-      launch.gridDim = static_cast<unsigned>(row_blocks * tiles);
+      // To divide by the number of row blocks would delay the first loads.
+      launch.gridDim.x = row_blocks;
+      launch.gridDim.y = static_cast<unsigned>(std::min(tiles, kMostBlocksInY));
+      launch.gridDim.z =
+          static_cast<unsigned>((tiles + kMostBlocksInY - 1) / kMostBlocksInY);
       launch.blockDim = entry.threads;
       launch.dynamicSmemBytes = entry.shared_bytes;
       launch.stream = stream;
       cudaLaunchAttribute early = EarlyStart();
       launch.attrs = &early;
       launch.numAttrs = g.starts_early;
-      error = cudaLaunchKernelEx(&launch, entry.kernel, g, row_blocks);
+      error = cudaLaunchKernelEx(&launch, entry.kernel, g, static_cast<int>(tiles));
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }

@@ -264,11 +264,12 @@ struct Warp {
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    GemmMma(const __grid_constant__ Gemm g, int row_blocks) {
+    GemmMma(const __grid_constant__ Gemm g, int tiles) {
   extern __shared__ __align__(16) uint8_t shared[];
   Block<S> block;
   if (g.slot_rows) ptx::WaitForKernelBefore();
-  int tile = blockIdx.x / row_blocks;
+  int tile = blockIdx.y + gridDim.y * blockIdx.z;
+  if (tile >= tiles) return;
   if (g.tiles) {
     block.tile = g.tiles[tile];
     if (tile >= *g.num_tiles) return;
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   }
   block.gated = IsGated(g.activation);
   block.num_rows = block.gated ? g.n / 2 : g.n;
-  block.first_row = blockIdx.x % row_blocks * (block.gated ? S::kRows / 2 : S::kRows);
+  block.first_row = blockIdx.x * (block.gated ? S::kRows / 2 : S::kRows);
   Warp<S> warp(g, block, ptx::SharedAddress(shared));
   warp.Run();
   warp.StoreSums();

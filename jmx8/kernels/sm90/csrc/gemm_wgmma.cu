@@ -22,6 +22,7 @@ int NumMultiprocessors() {
 
 template <class S>
 const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
+  if (split_k > 1 && !S::kSplits) return "gemm_wgmma: split_k must be 1 for this shape";
   CUtensorMap w_map, x_map = {}, out_map = {};
   if (const char* error = EncodeElements(g, S::kBoxN, S::kK, &w_map)) return error;
   if (!S::kGathers) {
@@ -75,12 +76,14 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 }  // namespace
 
 // The variants, as `kN x kK`, warpgroups that share k, blocks per multiprocessor:
-//   0: 64 x 128, 2, 2 (1 from 128 rows)          2: 128 x 128, 1, 2 (the same)
+//   0: 64 x 128, 2, 2 (1 from 64 rows)           2: 128 x 128, 1, 2 (1 from 128 rows)
 //   4: 256 x 64, 1, 1                            8: the same, mixed
 //   5: 128 x 64, 1, 1
 //   6: 192 x 128 (64 from 128 rows), 1, 1, for rows that are not gathered
 const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t stream) {
-  if (c.split_k < 1 || c.split_k > 8) return "split_k must be 1 to 8";
+  if (c.split_k != 1 && c.split_k != 2 && c.split_k != 4 && c.split_k != 8) {
+    return "gemm_wgmma: split_k must be 1, 2, 4 or 8";
+  }
   const bool gathers = g.slot_rows != nullptr;
 #define JMX8_SHAPE(rows, variant_, ...)                                                \
   if (c.tile_rows == rows && c.variant == variant_ && !gathers) {                      \
@@ -98,7 +101,7 @@ const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t str
   JMX8_SHAPES(32, 0, 32, 1, 1, 2, 128, 2, false)
   JMX8_SHAPES(32, 2, 32, 1, 2, 1, 128, 2, false)
   JMX8_SHAPE(32, 6, 32, 1, 3, 1, 128, 1, false)
-  JMX8_SHAPES(64, 0, 64, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPES(64, 0, 64, 1, 1, 2, 128, 1, false)
   JMX8_SHAPES(64, 2, 64, 1, 2, 1, 128, 2, false)
   JMX8_SHAPES(64, 4, 64, 2, 2, 1, 64, 1, false)
   JMX8_SHAPE(64, 6, 64, 1, 3, 1, 128, 1, false)

@@ -9,23 +9,80 @@
 
 namespace jmx8::wgmma {
 
-// Sums eight neighbouring columns of one row over all blocks and warpgroups that share
-// k, in a fixed order.
+// The sums of a tile from all blocks and warpgroups that share k, in shared memory. Each
+// block finishes some of the rows, and gets the other ones' sums of these.
 template <class S>
-__device__ __forceinline__ void SumPartials(uint32_t at, int split_k, float (&sum)[8]) {
+struct Partials {
+  uint32_t own;     // float32 [kDeep, kRows, kPitch]
+  uint32_t others;  // [split_k - 1, kDeep, rows_each, kPitch], of the rows from `first`
+  int split_k, rank, num_rows, rows_each, first, count;
+
+  __device__ __forceinline__ Partials(const Arguments& a, const Place& p,
+                                      const Shared& s)
+      : own(s.passes), others(s.passes + S::kDeep * S::kPartialBytes),
+        split_k(S::kSplits ? a.split_k : 1),
+        rank(split_k == 1 ? 0 : blockIdx.x % split_k), num_rows(p.num_slots),
+        rows_each((num_rows + split_k - 1) / split_k), first(rank * rows_each),
+        count(RowsOf(rank)) {}
+
+  __device__ __forceinline__ int RowsOf(int rank) const {
+    return max(0, min(rows_each, num_rows - rank * rows_each));
+  }
+
+  // Where block `to` has what block `from` sends.
+  __device__ __forceinline__ uint32_t Sent(int from, int to, int deep) const {
+    const int before = (from < to ? from : from - 1) * S::kDeep + deep;
+    return others + 4 * before * rows_each * S::kPitch;
+  }
+
+  // Eight neighbouring columns of a row, in a fixed order.
+  __device__ __forceinline__ void Sum(int row, int n, float (&sum)[8]) const {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) sum[j] = 0;
-  for (int rank = 0; rank < split_k; ++rank) {
-    const uint32_t base = split_k > 1 ? ptx::MapShared(at, rank) : at;
+    for (int j = 0; j < 8; ++j) sum[j] = 0;
+    for (int from = 0; from < split_k; ++from) {
 #pragma unroll
-    for (int deep = 0; deep < S::kDeep; ++deep) {
-      const float4 low = ptx::LoadCluster(base + deep * S::kPartialBytes);
-      const float4 high = ptx::LoadCluster(base + deep * S::kPartialBytes + 16);
-      sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
-      sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+      for (int deep = 0; deep < S::kDeep; ++deep) {
+        const uint32_t rows = from == rank
+                                  ? own + deep * S::kPartialBytes + 4 * first * S::kPitch
+                                  : Sent(from, rank, deep);
+        const uint32_t at = rows + 4 * (row * S::kPitch + n);
+        AddFour(ptx::LoadShared128(at), &sum[0]);
+        AddFour(ptx::LoadShared128(at + 16), &sum[4]);
+      }
     }
   }
-}
+
+  __device__ __forceinline__ static void AddFour(const uint4& floats, float* sum) {
+    sum[0] += __uint_as_float(floats.x), sum[1] += __uint_as_float(floats.y);
+    sum[2] += __uint_as_float(floats.z), sum[3] += __uint_as_float(floats.w);
+  }
+
+  // To be called when this block has read its stages: lets the other ones write here.
+  __device__ __forceinline__ void LetOthersSend(const Shared& s) const {
+    const int to = threadIdx.x;
+    if (to < split_k && to != rank) ptx::BarrierArriveThere(ptx::MapShared(s.ready, to));
+  }
+
+  // Sends the sums that other blocks finish, and waits for those that this one does.
+  __device__ __forceinline__ void Exchange(const Shared& s) const {
+    const int to = threadIdx.x;
+    if (to == rank) {
+      const int bytes = 4 * (split_k - 1) * S::kDeep * count * S::kPitch;
+      ptx::BarrierArriveExpect(s.arrived, bytes);
+    } else if (to < split_k && RowsOf(to) > 0) {
+      ptx::BarrierWait(s.ready, 0);
+#pragma unroll
+      for (int deep = 0; deep < S::kDeep; ++deep) {
+        ptx::CopyThere(
+            ptx::MapShared(Sent(rank, to, deep), to),
+            own + deep * S::kPartialBytes + 4 * to * rows_each * S::kPitch,
+            4 * RowsOf(to) * S::kPitch, ptx::MapShared(s.arrived, to));
+      }
+    }
+    __syncwarp();
+    ptx::BarrierWait(s.arrived, 0);
+  }
+};
 
 __device__ __forceinline__ void AddBias(const Gemm& g, int expert, int n, int count,
                                         float (&sum)[8]) {
@@ -67,23 +124,20 @@ __device__ __forceinline__ void StoreMixed(const Gemm& g, int64_t row, int n,
 }
 
 template <class S, bool kGated>
-__device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
+__device__ void Finish(const Arguments& a, const Place& p, const Partials<S>& partials) {
   const Gemm& g = a.gemm;
   const int columns = kGated ? g.n / 2 : g.n;  // of the result
   constexpr int kPerRow = (kGated ? S::kBoxN : S::kN) / 8;
-  const int rank = a.split_k == 1 ? 0 : blockIdx.x % a.split_k;
-  for (int i = threadIdx.x;; i += S::kConsumers) {
-    const int row = i / kPerRow * a.split_k + rank, n = i % kPerRow * 8;
-    if (row >= p.num_slots) break;
+  for (int i = threadIdx.x; i < partials.count * kPerRow; i += S::kConsumers) {
+    const int row = i / kPerRow, n = i % kPerRow * 8;
     const int count = min(8, columns - p.n0 - n);
     if (count <= 0) continue;
-    const uint32_t at = partials + 4 * (row * S::kPitch + n);
     float value[8];
-    SumPartials<S>(at, a.split_k, value);
+    partials.Sum(row, n, value);
     AddBias(g, p.expert, p.n0 + n, count, value);
     if constexpr (kGated) {
       float up[8];
-      SumPartials<S>(at + 4 * S::kBoxN, a.split_k, up);
+      partials.Sum(row, n + S::kBoxN, up);
       AddBias(g, p.expert, columns + p.n0 + n, count, up);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -93,7 +147,7 @@ __device__ void Finish(const Arguments& a, const Place& p, uint32_t partials) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) value[j] = ApplyUngated(g.activation, value[j]);
     }
-    const int64_t out = int64_t{p.first_slot + row} * g.out_pitch;
+    const int64_t slot = p.first_slot + partials.first + row, out = slot * g.out_pitch;
     if constexpr (S::kMixesOut) {
       StoreMixed(g, out, p.n0 + n, value);
     } else {
@@ -112,26 +166,22 @@ __host__ __device__ bool IsDirect(const Gemm& g, int split_k) {
           g.activation == Activation::kSwiGluOai);
 }
 
-// out_map: of the result.
+// What stores the result if not.
 template <class S>
 __device__ __forceinline__ void Store(const Arguments& a, const Place& p,
-                                      const Shared& s, const CUtensorMap* out_map,
-                                      int side, int deep, Consumer<S>* consumer) {
-  if (IsDirect<S>(a.gemm, a.split_k)) {
-    consumer->StoreResult(a.gemm, p, s, side, a.copies_out ? out_map : nullptr);
-    return;
-  }
+                                      const Shared& s, int side, int deep,
+                                      Consumer<S>* consumer) {
+  const Partials<S> partials(a, p, s);
   ptx::NamedBarrier(1, S::kConsumers);  // all have read the stages
-  consumer->StorePartial(s.weights + deep * S::kPartialBytes, side);
-  if (a.split_k > 1) {
-    ptx::ClusterSync();
-  } else {
-    ptx::NamedBarrier(1, S::kConsumers);
-  }
+  if (partials.split_k > 1) partials.LetOthersSend(s);
+  consumer->StorePartial(partials.own + deep * S::kPartialBytes, side);
+  if (partials.split_k > 1) ptx::FenceAsyncProxy();
+  ptx::NamedBarrier(1, S::kConsumers);
+  if (partials.split_k > 1) partials.Exchange(s);
   if (IsGated(a.gemm.activation)) {
-    Finish<S, true>(a, p, s.weights);
+    Finish<S, true>(a, p, partials);
   } else {
-    Finish<S, false>(a, p, s.weights);
+    Finish<S, false>(a, p, partials);
   }
   __syncwarp();
 }
@@ -144,14 +194,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
               const __grid_constant__ CUtensorMap out_map) {
   extern __shared__ uint8_t memory[];
   const Shared s = DivideShared<S>(ptx::SharedAddress(memory));
+  const bool splits = S::kSplits && a.split_k > 1;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::BarrierInit(s.full + 8 * i, S::kProducers + 1);
       ptx::BarrierInit(s.empty + 8 * i, S::kSide);
     }
+    if (splits) {
+      ptx::BarrierInit(s.ready, a.split_k - 1);
+      ptx::BarrierInit(s.arrived, 1);
+    }
     ptx::FenceBarrierInit();
   }
   __syncthreads();
+  if (splits) ptx::ClusterArrive();  // the barriers are there
   if constexpr (S::kGathers) {
     ptx::WaitForKernelBefore();
     ptx::LetNextKernelStart();
@@ -169,28 +225,38 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
       producer.Run(a, place, s, &w_map, &x_map, threadIdx.x - S::kConsumers);
     }
     __syncwarp();
-    if (a.split_k > 1) {
-      ptx::ClusterSync();
-      ptx::ClusterSync();
+    if (splits) {
+      ptx::ClusterWait();
+      ptx::ClusterArrive();
+      ptx::ClusterWait();
     }
   } else {
     if constexpr (S::kMovesRegisters) {
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     }
+    if (splits) ptx::ClusterWait();
     const int side = warpgroup % S::kSide, deep = warpgroup / S::kSide;
     Consumer<S> consumer(deep);
     const int num_row_tiles = NumRowTiles(a);
+    const bool direct = IsDirect<S>(a.gemm, a.split_k);
     int i = first;
     bool is_there = FindPlace<S>(a, num_row_tiles, i, &place);
     while (is_there) {
       consumer.Run(place, s, side, deep);
+      if (!direct) {
+        Store<S>(a, place, s, side, deep, &consumer);
+        break;
+      }
       const Place done = place;
       // Before the result is stored, as it takes a while.
       is_there = FindPlace<S>(a, num_row_tiles, i += stride, &place);
-      Store<S>(a, done, s, &out_map, side, deep, &consumer);
+      consumer.StoreResult(a.gemm, done, s, side, a.copies_out ? &out_map : nullptr);
     }
     ptx::StoreTileWaitAll();
-    if (a.split_k > 1) ptx::ClusterSync();  // others read this block's sums
+    if (splits) {  // the other blocks have this one's sums
+      ptx::ClusterArrive();
+      ptx::ClusterWait();
+    }
   }
 }
 

@@ -243,19 +243,29 @@ __device__ __forceinline__ uint32_t MapShared(uint32_t address, uint32_t rank) {
   return mapped;
 }
 
-__device__ __forceinline__ float4 LoadCluster(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address));
-  return v;
+// For these two, `to` and `barrier` are of another block.
+__device__ __forceinline__ void BarrierArriveThere(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
 }
 
-__device__ __forceinline__ void ClusterSync() {
+__device__ __forceinline__ void CopyThere(uint32_t to, uint32_t from, uint32_t bytes,
+                                          uint32_t barrier) {
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+      "[%0], [%1], %2, [%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Of all threads of the cluster. Accesses to memory are not put in order: that takes a
+// fence of the whole GPU.
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void ClusterWait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ uint32_t ClusterRank() {

@@ -109,9 +109,11 @@ struct Producer {
       }
     };
     const int num_stages = p.num_words * S::kPerWord;
-    int loaded = 0;  // stages whose weights are under way before the rows are there
+    // Stages whose weights are under way before the rows are there.
+    int loaded = 0;
     if (!S::kGathers && is_first) {
-      loaded = min(num_stages, S::kStages);
+      // If they are there already, a stage's rows come right after its weights.
+      loaded = g.starts_early ? min(num_stages, S::kStages) : 0;
       for (int i = 0; lane == 0 && i < loaded; ++i) {
         load_weights(i, p.first_word * 128 + i * S::kK);
       }

@@ -57,6 +57,9 @@ struct Shape {
   static constexpr int kSharedBytes =
       1024 + kFixedBytes +
       (kPipelineBytes > kDeep * kPartialBytes ? kPipelineBytes : kDeep * kPartialBytes);
+  // Whether blocks can share k: if there is room for the other ones' sums.
+  static constexpr bool kSplits =
+      2048 + 2 * kDeep * kPartialBytes <= kSharedBytes;
 
   static_assert(kStages >= 2 && kSharedBytes <= 227 * 1024);
   static_assert(kStages > kDeep, "a warpgroup waits for one stage while it has one");
@@ -125,6 +128,9 @@ __device__ bool FindPlace(const Arguments& a, int num_row_tiles, int index,
 
 struct Shared {
   uint32_t weights, rows, scales, full, empty, passes;
+  // If blocks share k: barriers, whether the other ones have read their stages, and
+  // whether their sums are here.
+  uint32_t ready, arrived;
 };
 
 template <class S>
@@ -134,6 +140,8 @@ __device__ Shared DivideShared(uint32_t base) {
   base = (base + 1023) / 1024 * 1024;
   s.full = base;
   s.empty = base + 8 * S::kStages;
+  s.ready = base + 16 * S::kStages;
+  s.arrived = s.ready + 8;
   s.passes = base + 1024;
   s.weights = base + S::kFixedBytes;
   s.rows = s.weights + S::kStages * S::kWeightBytes;
