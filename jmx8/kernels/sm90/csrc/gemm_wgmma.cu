@@ -32,6 +32,7 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
     return "x has too many elements to gather from";
   }
   Arguments a{g, 0, 0, split_k, 1};
+  while (1 << a.split_shift < split_k) ++a.split_shift;
   a.scales_are_words = g.k % 128 == 0 && IsAligned(g.scales, 4);
   const int columns = IsGated(g.activation) ? g.n / 2 : g.n;
   const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;

@@ -20,9 +20,8 @@ struct Partials {
   __device__ __forceinline__ Partials(const Arguments& a, const Place& p,
                                       const Shared& s)
       : own(s.passes), others(s.passes + S::kDeep * S::kPartialBytes),
-        split_k(S::kSplits ? a.split_k : 1),
-        rank(split_k == 1 ? 0 : blockIdx.x % split_k), num_rows(p.num_slots),
-        rows_each((num_rows + split_k - 1) / split_k), first(rank * rows_each),
+        split_k(S::kSplits ? a.split_k : 1), rank(blockIdx.x & (split_k - 1)),
+        num_rows(p.num_slots), rows_each((num_rows + split_k - 1) >> a.split_shift), first(rank * rows_each),
         count(RowsOf(rank)) {}
 
   __device__ __forceinline__ int RowsOf(int rank) const {
@@ -30,22 +29,29 @@ struct Partials {
   }
 
   // Where block `to` has what block `from` sends.
-  __device__ __forceinline__ uint32_t Sent(int from, int to, int deep) const {
-    const int before = (from < to ? from : from - 1) * S::kDeep + deep;
-    return others + 4 * before * rows_each * S::kPitch;
+  __device__ __forceinline__ uint32_t Sent(int from, int to) const {
+    return others + (from < to ? from : from - 1) * SentBytes();
+  }
+
+  __device__ __forceinline__ int SentBytes() const {
+    return 4 * S::kDeep * rows_each * S::kPitch;
   }
 
   // Eight neighbouring columns of a row, in a fixed order.
   __device__ __forceinline__ void Sum(int row, int n, float (&sum)[8]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[j] = 0;
+    uint32_t sent = others + 4 * (row * S::kPitch + n);
+#pragma unroll 1
     for (int from = 0; from < split_k; ++from) {
+      uint32_t at = sent, bytes = 4 * rows_each * S::kPitch;  // from deep to deep
+      if (from == rank) {
+        at = own + 4 * ((first + row) * S::kPitch + n), bytes = S::kPartialBytes;
+      } else {
+        sent += SentBytes();
+      }
 #pragma unroll
-      for (int deep = 0; deep < S::kDeep; ++deep) {
-        const uint32_t rows = from == rank
-                                  ? own + deep * S::kPartialBytes + 4 * first * S::kPitch
-                                  : Sent(from, rank, deep);
-        const uint32_t at = rows + 4 * (row * S::kPitch + n);
+      for (int deep = 0; deep < S::kDeep; ++deep, at += bytes) {
         AddFour(ptx::LoadShared128(at), &sum[0]);
         AddFour(ptx::LoadShared128(at + 16), &sum[4]);
       }
@@ -74,7 +80,7 @@ struct Partials {
 #pragma unroll
       for (int deep = 0; deep < S::kDeep; ++deep) {
         ptx::CopyThere(
-            ptx::MapShared(Sent(rank, to, deep), to),
+            ptx::MapShared(Sent(rank, to), to) + 4 * deep * rows_each * S::kPitch,
             own + deep * S::kPartialBytes + 4 * to * rows_each * S::kPitch,
             4 * RowsOf(to) * S::kPitch, ptx::MapShared(s.arrived, to));
       }
@@ -214,7 +220,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
   }
   // The same in all lanes, as the compiler must know.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int first = blockIdx.x / a.split_k, stride = gridDim.x / a.split_k;
+  const int first = blockIdx.x >> a.split_shift, stride = gridDim.x >> a.split_shift;
   Place place;
   if (warpgroup == S::kConsumers / 128) {
     if constexpr (S::kMovesRegisters) {

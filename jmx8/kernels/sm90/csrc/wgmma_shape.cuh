@@ -69,6 +69,7 @@ struct Shape {
 struct Arguments {
   Gemm gemm;
   int num_row_tiles, num_n_tiles, split_k, group_rows;
+  int split_shift;  // split_k is 1 << split_shift: no divisions before the first load
   bool scales_are_words;  // of four, aligned
   bool copies_out;        // to the result by the copy engine
 };
@@ -92,7 +93,7 @@ __device__ bool FindPlace(const Arguments& a, int num_row_tiles, int index,
   // Neighbours share rows of x, and over `group_rows` tiles of rows weights, too.
   int row_tile, n_tile;
   if (a.group_rows == 1) {
-    row_tile = index / num_n;
+    row_tile = index < num_n ? 0 : index / num_n;
     n_tile = index - row_tile * num_n;
   } else {
     const int group = index / (a.group_rows * num_n);
@@ -117,9 +118,9 @@ __device__ bool FindPlace(const Arguments& a, int num_row_tiles, int index,
   const int bodies = (a.gemm.k + kBodyK - 1) / kBodyK;
   int first_body = 0, end_body = bodies;
   if (a.split_k > 1) {
-    const int rank = blockIdx.x % a.split_k;
-    first_body = bodies * rank / a.split_k;
-    end_body = bodies * (rank + 1) / a.split_k;
+    const int rank = blockIdx.x & (a.split_k - 1);
+    first_body = bodies * rank >> a.split_shift;
+    end_body = bodies * (rank + 1) >> a.split_shift;
   }
   place->first_word = first_body * S::kBodyWords;
   place->num_words = (end_body - first_body) * S::kBodyWords;
