@@ -45,21 +45,33 @@ struct Warp {
         r(lane / 4),
         c(lane % 4),
         units((g.k + kUnit - 1) / kUnit),
-        has_rows(0),
+        has_rows(~0u),
         policy(ptx::EvictFirstPolicy()),
         sums{} {
     int warp = threadIdx.x / 32, group = warp / S::kWarpsK;
     elements = shared + warp * S::kStages * S::kElementBytes;
     others = shared + S::kWarps * S::kStages * S::kElementBytes +
              warp * S::kStages * S::kOtherBytes;
-    int64_t matrix = int64_t{tile.expert} * g.n;
+    const uint8_t* matrix = g.w + int64_t{tile.expert} * g.n * g.k + lane % 8 * 16;
 #pragma unroll
     for (int i = 0; i < S::kWeightTiles; ++i) {
       int row = block.WeightRow(group, i) + lane / 8;
-      w[i] = g.w + (matrix + row) * g.k + lane % 8 * 16;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) has_rows |= (row + j * 4 < g.n) << (i * 4 + j);
+      w[i] = matrix + int64_t{row} * g.k;
     }
+    if (block.IsWhole()) return;
+    has_rows = 0;
+#pragma unroll
+    for (int i = 0; i < S::kWeightTiles * 4; ++i) {
+      int row = block.WeightRow(group, i / 4) + lane / 8 + i % 4 * 4;
+      has_rows |= (row < g.n) << i;
+    }
+  }
+
+  // Not needed for the first copies of elements, which it would delay: the compiler
+  // moves no shuffle before them, and nothing that depends on it.
+  __device__ __forceinline__ void FindScales(const Block<S>& block) {
+    const int group = __shfl_sync(~0u, threadIdx.x / 32, 0) / S::kWarpsK;
+    const int64_t matrix = int64_t{tile.expert} * g.n;
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
       int row = i * 32 + lane;
@@ -99,7 +111,7 @@ struct Warp {
     return ActivationsAt(stage) + S::kActivationBytes;
   }
 
-  __device__ __forceinline__ void CopyWeights(int stage, int unit) {
+  __device__ __forceinline__ void CopyElements(int stage, int unit) {
     int chunk = lane % 8, row = lane / 8;
     bool has_k = unit * kUnit + chunk * 16 < g.k;
     // Chunks are exchanged such that what several rows have of a column is in all banks.
@@ -110,6 +122,9 @@ struct Warp {
       const uint8_t* from = w[i / 4] + int64_t{i % 4 * 4} * g.k + unit * kUnit;
       ptx::CopyAsync16(to, from, has_k && (has_rows >> i & 1) ? 16 : 0, policy);
     }
+  }
+
+  __device__ __forceinline__ void CopyScales(int stage, int unit) {
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
       if (i * 32 + lane >= S::kWarpRows) break;
@@ -212,12 +227,14 @@ struct Warp {
     }
   }
 
-  __device__ __forceinline__ void Run() {
+  __device__ __forceinline__ void Run(const Block<S>& block) {
     int first = threadIdx.x / 32 % S::kWarpsK;
 #pragma unroll
     for (int i = 0; i < S::kStages; ++i) {
       int unit = first + i * S::kWarpsK;
-      if (unit < units) CopyWeights(i, unit);
+      if (unit < units) CopyElements(i, unit);
+      if (i == 0) FindScales(block);
+      if (unit < units) CopyScales(i, unit);
       if (i == 0) {  // weights do not wait for the rows of x to be known
         ptx::WaitForKernelBefore();
         ptx::LetNextKernelStart();
@@ -235,7 +252,8 @@ struct Warp {
       __syncwarp();
       int next = unit + S::kStages * S::kWarpsK;
       if (next < units) {
-        CopyWeights(stage, next);
+        CopyElements(stage, next);
+        CopyScales(stage, next);
         CopyActivations(stage, next);
       }
       ptx::CopyAsyncCommit();
@@ -281,7 +299,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   block.num_rows = block.gated ? g.n / 2 : g.n;
   block.first_row = blockIdx.x * (block.gated ? S::kRows / 2 : S::kRows);
   Warp<S> warp(g, block, ptx::SharedAddress(shared));
-  warp.Run();
+  warp.Run(block);
   warp.StoreSums();
   __syncthreads();
   StoreBlock(g, block, shared);

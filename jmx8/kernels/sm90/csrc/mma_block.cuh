@@ -58,6 +58,11 @@ struct Block {
     return first_row + (gated ? tiles / 2 : tiles) * 16;
   }
 
+  // Whether all of its rows are there.
+  __device__ __forceinline__ bool IsWhole() const {
+    return first_row + (gated ? S::kRows / 2 : S::kRows) <= num_rows;
+  }
+
   // May be past the last row: whatever is multiplied there is not stored.
   __device__ __forceinline__ int WeightRow(int group, int weight_tile) const {
     int row = OutputRow(group, weight_tile);
