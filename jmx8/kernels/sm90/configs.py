@@ -23,15 +23,15 @@ class GemmConfig(NamedTuple):
 
 # What tactics that were measured belong to: changes when a configuration comes to mean
 # something else, or is gone.
-VERSION = "3"
+VERSION = "4"
 
 # The variants of each number of tile rows, and those that a first expert matmul can
 # have, with a gather and a gate: of gemm_mma.cu and of gemm_wgmma.cu.
 _MMA = {1: (1, 2, 3, 5), 8: (2, 4, 6, 7, 8, 9), 16: (4, 6, 7, 8), 32: (7, 10)}
 _MMA_FIRST = (2, 4, 6)
 _WGMMA = {
-    **{8: (0, 2), 16: (0, 2), 32: (0, 2, 6)},
-    **{64: (0, 2, 4, 6), 128: (0, 2, 4, 6), 256: (5,)},
+    **{8: (0, 2), 16: (0, 2), 32: (0, 1, 2, 6)},
+    **{64: (0, 1, 2, 4, 6), 128: (0, 2, 4, 6), 256: (5,)},
 }
 _WGMMA_FIRST = (0, 2, 4, 5)
 # With the columns of their activations mixed, which only both matmuls of a layer can
@@ -39,6 +39,8 @@ _WGMMA_FIRST = (0, 2, 4, 5)
 _MIXED, _UNMIXED = 8, 4
 MIXED_PAIRS = tuple((GemmConfig(1, rows, _MIXED, 1),) * 2 for rows in (64, 128))
 _WGMMA_SPLIT_K = (1, 2, 4, 8)
+# Those whose sums leave no room in shared memory for another thread block's.
+_WGMMA_WHOLE_K = ((128, 4), (256, 5))
 
 
 def _compiled() -> Iterator[GemmConfig]:
@@ -46,7 +48,8 @@ def _compiled() -> Iterator[GemmConfig]:
         yield from (GemmConfig(0, rows, variant, 1) for variant in variants)
     for rows, variants in _WGMMA.items():
         for variant, split_k in itertools.product(variants, _WGMMA_SPLIT_K):
-            yield GemmConfig(1, rows, variant, split_k)
+            if split_k == 1 or (rows, variant) not in _WGMMA_WHOLE_K:
+                yield GemmConfig(1, rows, variant, split_k)
 
 
 CONFIGS = tuple(_compiled())

@@ -28,15 +28,15 @@ constexpr Entry MakeEntry(int variant) {
 // Variants, as warps, warps that share k, tiles of 16 weight rows of a warp, stages:
 //   1: 8, 8, 1, 2    2: 4, 4, 2, 2    3: 4, 4, 1, 2
 //   4: 8, 8, 2, 2    5: 4, 4, 1, 4    6: 4, 2, 2, 2    7: 4, 4, 3, 2
-//   8: 4, 4, 3, 3    9: 8, 8, 2, 3    10: 4, 4, 2, 3
+//   8: 4, 4, 3, 4    9: 8, 8, 2, 3    10: 4, 4, 2, 3
 constexpr Entry kEntries[] = {
     MakeEntry<mma::Shape<8, 8, 1, 2, 1>>(1),  MakeEntry<mma::Shape<4, 4, 2, 2, 1>>(2),
     MakeEntry<mma::Shape<4, 4, 1, 2, 1>>(3),  MakeEntry<mma::Shape<4, 4, 1, 4, 1>>(5),
     MakeEntry<mma::Shape<4, 4, 2, 2, 8>>(2),  MakeEntry<mma::Shape<8, 8, 2, 2, 8>>(4),
     MakeEntry<mma::Shape<4, 2, 2, 2, 8>>(6),  MakeEntry<mma::Shape<4, 4, 3, 2, 8>>(7),
-    MakeEntry<mma::Shape<4, 4, 3, 3, 8>>(8),  MakeEntry<mma::Shape<8, 8, 2, 3, 8>>(9),
+    MakeEntry<mma::Shape<4, 4, 3, 4, 8>>(8),  MakeEntry<mma::Shape<8, 8, 2, 3, 8>>(9),
     MakeEntry<mma::Shape<8, 8, 2, 2, 16>>(4), MakeEntry<mma::Shape<4, 2, 2, 2, 16>>(6),
-    MakeEntry<mma::Shape<4, 4, 3, 2, 16>>(7), MakeEntry<mma::Shape<4, 4, 3, 3, 16>>(8),
+    MakeEntry<mma::Shape<4, 4, 3, 2, 16>>(7), MakeEntry<mma::Shape<4, 4, 3, 4, 16>>(8),
     MakeEntry<mma::Shape<4, 4, 3, 2, 32>>(7), MakeEntry<mma::Shape<4, 4, 2, 3, 32>>(10)};
 
 }  // namespace

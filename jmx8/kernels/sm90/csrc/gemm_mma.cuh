@@ -72,23 +72,21 @@ struct Warp {
   __device__ __forceinline__ void FindScales(const Block<S>& block) {
     const int group = __shfl_sync(~0u, threadIdx.x / 32, 0) / S::kWarpsK;
     const int64_t matrix = int64_t{tile.expert} * g.n;
+    const int64_t last = int64_t{g.num_experts} * g.n - 1;
+    const uint32_t pitch = static_cast<uint32_t>(g.k) / 32;
 #pragma unroll
     for (int i = 0; i < S::kScaleCopies; ++i) {
       int row = i * 32 + lane;
-      scales[i] = g.scales + ScaleOffset(matrix + block.WeightRow(group, row / 16) +
-                                         row % 16);
+      int64_t from = matrix + block.WeightRow(group, row / 16) + row % 16;
+      if (!block.IsWhole() && from > last) from = last;
+      // Of the word that has the row's first scale.
+      scales[i] = g.scales + (from * pitch & ~int64_t{3});
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int64_t row = matrix + block.WeightRow(group, i % S::kWeightTiles) + r;
-      code_at[i] = r * 8 + row * (g.k / 32) % 4 + c;
+      uint32_t row = matrix + block.WeightRow(group, i % S::kWeightTiles) + r;
+      code_at[i] = r * 8 + row * pitch % 4 + c;
     }
-  }
-
-  // Of the word that has a row's first scale; of rows past the last one, the last's.
-  __device__ __forceinline__ int64_t ScaleOffset(int64_t row) const {
-    int64_t last = int64_t{g.num_experts} * g.n - 1;
-    return (row < last ? row : last) * (g.k / 32) & ~int64_t{3};
   }
 
   __device__ __forceinline__ void FindActivations() {

@@ -77,7 +77,8 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
 }  // namespace
 
 // The variants, as `kN x kK`, warpgroups that share k, blocks per multiprocessor:
-//   0: 64 x 128, 2, 2 (1 from 64 rows)           2: 128 x 128, 1, 2 (1 from 128 rows)
+//   0: 64 x 128, 2, 2 (1 from 128 rows)          2: 128 x 128, 1, 2 (the same)
+//   1: 64 x 128, 2, 1, for rows that are not gathered
 //   4: 256 x 64, 1, 1                            8: the same, mixed
 //   5: 128 x 64, 1, 1
 //   6: 192 x 128 (64 from 128 rows), 1, 1, for rows that are not gathered
@@ -100,9 +101,11 @@ const char* LaunchGemmWgmma(const Gemm& g, const GemmConfig& c, cudaStream_t str
   JMX8_SHAPES(16, 0, 16, 1, 1, 2, 128, 2, false)
   JMX8_SHAPES(16, 2, 16, 1, 2, 1, 128, 2, false)
   JMX8_SHAPES(32, 0, 32, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPE(32, 1, 32, 1, 1, 2, 128, 1, false)
   JMX8_SHAPES(32, 2, 32, 1, 2, 1, 128, 2, false)
   JMX8_SHAPE(32, 6, 32, 1, 3, 1, 128, 1, false)
-  JMX8_SHAPES(64, 0, 64, 1, 1, 2, 128, 1, false)
+  JMX8_SHAPES(64, 0, 64, 1, 1, 2, 128, 2, false)
+  JMX8_SHAPE(64, 1, 64, 1, 1, 2, 128, 1, false)
   JMX8_SHAPES(64, 2, 64, 1, 2, 1, 128, 2, false)
   JMX8_SHAPES(64, 4, 64, 2, 2, 1, 64, 1, false)
   JMX8_SHAPE(64, 6, 64, 1, 3, 1, 128, 1, false)

@@ -75,10 +75,12 @@ struct Partials {
     if (to == rank) {
       const int bytes = 4 * (split_k - 1) * S::kDeep * count * S::kPitch;
       ptx::BarrierArriveExpect(s.arrived, bytes);
-    } else if (to < split_k && RowsOf(to) > 0) {
+    } else if (to < split_k) {
+      // Even if there is nothing to send: no arrival may come when this block has ended.
       ptx::BarrierWait(s.ready, 0);
 #pragma unroll
       for (int deep = 0; deep < S::kDeep; ++deep) {
+        if (RowsOf(to) == 0) break;
         ptx::CopyThere(
             ptx::MapShared(Sent(rank, to), to) + 4 * deep * rows_each * S::kPitch,
             own + deep * S::kPartialBytes + 4 * to * rows_each * S::kPitch,
@@ -134,7 +136,8 @@ __device__ void Finish(const Arguments& a, const Place& p, const Partials<S>& pa
   const Gemm& g = a.gemm;
   const int columns = kGated ? g.n / 2 : g.n;  // of the result
   constexpr int kPerRow = (kGated ? S::kBoxN : S::kN) / 8;
-  for (int i = threadIdx.x; i < partials.count * kPerRow; i += S::kConsumers) {
+  const unsigned items = partials.count * kPerRow;
+  for (unsigned i = threadIdx.x; i < items; i += S::kConsumers) {
     const int row = i / kPerRow, n = i % kPerRow * 8;
     const int count = min(8, columns - p.n0 - n);
     if (count <= 0) continue;

@@ -119,13 +119,13 @@ __device__ __forceinline__ void StoreFour(const Gemm& g, int64_t to, int count,
 template <typename S>
 __device__ __forceinline__ void StoreBlock(const Gemm& g, const Block<S>& block,
                                            const uint8_t* shared) {
-  int tiles_per_output = block.gated ? 2 : 1;
-  int output_tiles = S::kRowGroups * S::kWeightTiles / tiles_per_output;
+  unsigned tiles_per_output = block.gated ? 2 : 1;
+  unsigned output_tiles = S::kRowGroups * S::kWeightTiles / tiles_per_output;
   int64_t bias_row = int64_t{block.tile.expert} * g.n;
-  for (int i = threadIdx.x; i < output_tiles * S::kSlots * 4; i += S::kThreads) {
+  for (unsigned i = threadIdx.x; i < output_tiles * S::kSlots * 4; i += S::kThreads) {
     int row = i % 4 * 4, slot = i / 4 % S::kSlots;
-    int weight_tile = i / (4 * S::kSlots) * tiles_per_output;
-    int group = weight_tile / S::kWeightTiles;
+    unsigned weight_tile = i / (4 * S::kSlots) * tiles_per_output;
+    unsigned group = weight_tile / S::kWeightTiles;
     weight_tile %= S::kWeightTiles;
     int output_row = block.OutputRow(group, weight_tile) + row;
     int count = min(4, block.num_rows - output_row);

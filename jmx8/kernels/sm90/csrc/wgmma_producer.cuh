@@ -21,11 +21,12 @@ struct ScaleLoader {
                                          uint32_t scales, int lane)
       : to(scales + 4 * lane), pitch(g.k / 32), aligned(aligned) {
     const int distance = IsGated(g.activation) ? g.n / 2 : S::kBoxN;
+    const uint8_t* matrix = g.scales + int64_t{p.expert} * g.n * pitch;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int word = lane + i * S::kProducers;
       const int n = p.n0 + word % S::kBoxN + word / S::kBoxN * distance;
-      from[i] = g.scales + (int64_t{p.expert} * g.n + min(n, g.n - 1)) * pitch;
+      from[i] = matrix + int64_t{min(n, g.n - 1)} * pitch;
     }
   }
 
