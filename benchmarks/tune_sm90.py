@@ -224,7 +224,8 @@ def tune_layer(label, sets, x, ids, sizes):
 
 
 def tune_moe(here, experts, h, i, tokens):
-    count = max(1, WEIGHT_BYTES // (3 * here * h * i))
+    # A graph of one launch would take as long to start as a small layer takes.
+    count = max(4, WEIGHT_BYTES // (3 * here * h * i))
     sets = [
         (make_weight(here, 2 * i, h), make_weight(here, h, i)) for _ in range(count)
     ]

@@ -17,7 +17,10 @@ struct Consumer {
       std::conditional_t<S::kMixed, MixedWeights<S>, OrderedWeights<S>>;
   static constexpr int kSteps = S::kK / 16;  // of one stage
   static constexpr int kBuffers = S::kRows == 256 ? 3 : 2;
-  static constexpr bool kLoadsFirst = S::kRows < 256;  // was measured
+  // Both were measured: whether the bytes of the step after the next are loaded before the
+  // next one's are widened, and even before the wait for the last one's product.
+  static constexpr bool kLoadsFirst = S::kRows < 256;
+  static constexpr bool kLoadsEarly = S::kRows <= 32 && S::kDeep == 1;
 
   Ring<S> multiplied, loaded, words;
   float sums[S::kBlocks][S::kRows / 2];
@@ -85,19 +88,23 @@ struct Consumer {
                              rows + j % kSteps / 4 * S::kRows * 8 + j % 4 * 2);
         }
         ptx::WgmmaCommit();
+        const auto load_next = [&] {
+          weights.Spread(j + 1);
+          if (!kLoadsFirst) weights.Widen(a[(j + 1) % kBuffers]);
+          if ((j + 2) % kSteps == 0) {
+            loaded.Advance((j + 2) % 8 == 0 ? kToNextWord : 1);
+            // What is read past the end is not used: a condition would cost more.
+            if (j + 2 < kBody || !is_last) Wait(s, loaded);
+          }
+          if ((j + 2) % 8 == 0) words.Advance(S::kDeep);
+          weights.Load(s, loaded.stage, words.stage, (j + 2) % 8);
+        };
+        if (kLoadsEarly) load_next();
         ptx::WgmmaWait<kBuffers - 1>();  // what read a[(j + 1) % kBuffers]
         if (j > kBuffers - 2 && (j - kBuffers + 2) % kSteps == 0) {
           Release(s, stage_before);
         }
-        weights.Spread(j + 1);
-        if (!kLoadsFirst) weights.Widen(a[(j + 1) % kBuffers]);
-        if ((j + 2) % kSteps == 0) {
-          loaded.Advance((j + 2) % 8 == 0 ? kToNextWord : 1);
-          // What is read past the end is not used: a condition would cost more.
-          if (j + 2 < kBody || !is_last) Wait(s, loaded);
-        }
-        if ((j + 2) % 8 == 0) words.Advance(S::kDeep);
-        weights.Load(s, loaded.stage, words.stage, (j + 2) % 8);
+        if (!kLoadsEarly) load_next();
         if (kLoadsFirst) weights.Widen(a[(j + 1) % kBuffers]);
         weights.FindFactors((j + 2) % 8);
       }
