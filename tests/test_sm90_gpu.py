@@ -75,6 +75,12 @@ def test_tails_of_every_axis(config: GemmConfig):
     print(f"\n{name_of(config)}: {min(kept):.1f} bits of float32 sums are kept")
 
 
+def test_more_tiles_of_rows_than_a_grid_has_blocks_in_one_dimension():
+    x, w, _ = problem(65_538, 16, 32)
+    out = calls.gemm(x, w, GemmConfig(0, 1, 2, 1))
+    assert_on_gpu(out, *expected(65_538, 16, 32, False))
+
+
 @functools.cache
 def every_code():
     """Weights of each finite element times each scale, and x that picks one of them.

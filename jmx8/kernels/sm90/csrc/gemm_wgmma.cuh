@@ -93,7 +93,7 @@ __host__ __device__ bool IsDirect(const Gemm& g, int split_k) {
           g.activation == Activation::kSwiGluOai);
 }
 
-// What stores the result if not.
+// Stores the result if not.
 template <class S>
 __device__ __forceinline__ void Store(const Arguments& a, const Place& p,
                                       const Shared& s, int side, int deep,
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
       consumer.Run(place, s, side, deep);
       if (!direct) {
         Store<S>(a, place, s, side, deep, &consumer);
-        break;
+        break;  // else the compiler would not know that lanes go on together
       }
       const Place done = place;
       // Before the result is stored, as it takes a while.

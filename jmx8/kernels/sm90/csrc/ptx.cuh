@@ -243,7 +243,7 @@ __device__ __forceinline__ uint32_t MapShared(uint32_t address, uint32_t rank) {
   return mapped;
 }
 
-// For these two, `to` and `barrier` are of another block.
+// In these two `to` and `barrier` are another block's. Arriving puts nothing in order.
 __device__ __forceinline__ void BarrierArriveThere(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");

@@ -57,9 +57,9 @@ struct Shape {
   static constexpr int kSharedBytes =
       1024 + kFixedBytes +
       (kPipelineBytes > kDeep * kPartialBytes ? kPipelineBytes : kDeep * kPartialBytes);
-  // Whether blocks can share k: if there is room for the other ones' sums.
-  static constexpr bool kSplits =
-      2048 + 2 * kDeep * kPartialBytes <= kSharedBytes;
+  // Whether blocks can share k: if behind the barriers there is room for the other ones'
+  // sums, too.
+  static constexpr bool kSplits = 2048 + 2 * kDeep * kPartialBytes <= kSharedBytes;
 
   static_assert(kStages >= 2 && kSharedBytes <= 227 * 1024);
   static_assert(kStages > kDeep, "a warpgroup waits for one stage while it has one");
