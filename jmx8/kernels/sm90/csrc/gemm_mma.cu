@@ -55,9 +55,8 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
     if (gated && g.n % 2 != 0) return "gemm_mma: n must be even for a gated activation";
     int rows = gated ? entry.rows / 2 : entry.rows;
     int num_rows = gated ? g.n / 2 : g.n;
-    int row_blocks = (num_rows + rows - 1) / rows;
-    int64_t tiles =
-        g.tiles ? g.max_tiles : (g.num_slots + entry.slots - 1) / entry.slots;
+    int row_blocks = CeilDiv(num_rows, rows);
+    int64_t tiles = g.tiles ? g.max_tiles : CeilDiv(g.num_slots, entry.slots);
     if (row_blocks * tiles == 0) return nullptr;
     if (!IsAligned(g.w, 16)) {
       return "gemm_mma: the weights must begin at a multiple of 16 bytes";
@@ -69,8 +68,7 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
       // To divide by the number of row blocks would delay the first loads.
       launch.gridDim.x = row_blocks;
       launch.gridDim.y = static_cast<unsigned>(std::min(tiles, kMostBlocksInY));
-      launch.gridDim.z =
-          static_cast<unsigned>((tiles + kMostBlocksInY - 1) / kMostBlocksInY);
+      launch.gridDim.z = static_cast<unsigned>(CeilDiv(tiles, kMostBlocksInY));
       launch.blockDim = entry.threads;
       launch.dynamicSmemBytes = entry.shared_bytes;
       launch.stream = stream;

@@ -29,7 +29,7 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
     if (const char* error = EncodeRows(g, S::kRows, &x_map)) return error;
   }
   if (S::kGathers && int64_t{g.num_x_rows} * (g.k / 8) > UINT32_MAX) {
-    return "x has too many elements to gather from";
+    return "gemm_wgmma: x has too many elements to gather from";
   }
   Arguments a{g, 0, 0, split_k, 1};
   while (1 << a.split_shift < split_k) ++a.split_shift;
@@ -38,11 +38,11 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
   const int tile_n = IsGated(g.activation) ? S::kBoxN : S::kN;
   a.num_n_tiles = CeilDiv(columns, tile_n);
   a.num_row_tiles =
-      g.tiles != nullptr ? g.max_tiles : (g.num_slots + S::kRows - 1) / S::kRows;
+      g.tiles != nullptr ? g.max_tiles : CeilDiv<int>(g.num_slots, S::kRows);
   if (g.tiles == nullptr) a.group_rows = a.num_row_tiles < 8 ? a.num_row_tiles : 8;
   int64_t blocks = int64_t{a.num_n_tiles} * a.num_row_tiles * split_k;
   if (blocks == 0) return nullptr;
-  if (blocks >= int64_t{1} << 31) return "too many thread blocks";
+  if (blocks >= int64_t{1} << 31) return "gemm_wgmma: too many thread blocks";
   if (wgmma::IsDirect<S>(g, split_k)) {
     // A block goes on with another tile, whose loads begin before the last one ends.
     const int64_t most = int64_t{NumMultiprocessors()} * S::kOccupancy;
