@@ -136,6 +136,21 @@ def test_sums_over_all_scales(config: GemmConfig, codes):
     assert_on_gpu(out, exact, error)
 
 
+@each_config
+@pytest.mark.parametrize("codes", [(110, 120), (0, 246)])
+def test_bfloat16_results_are_float32_ones_rounded(config: GemmConfig, codes):
+    """Which other kernels compute: those are of whole words of scales and rows."""
+    x, w, _, _ = scaled_problem(codes)
+    bias = torch.randn(64, generator=generator_of(7)).cuda()
+    w = calls.Weight(w.elements[:64].contiguous(), w.scales[:64].contiguous())
+    x = x.repeat(9, 1)
+    for m in (1, 9, 33, 297):
+        for b in (None, bias):
+            out = calls.gemm(x[:m], w, config, bias=b)
+            wide = calls.gemm(x[:m], w, config, bias=b, out_dtype=torch.float32)
+            np.testing.assert_array_equal(calls.bits(out), calls.bits(wide.bfloat16()))
+
+
 @pytest.mark.parametrize("config", configs.FIRST_CONFIGS, ids=name_of)
 @pytest.mark.parametrize("activation", calls.ACTIVATIONS)
 def test_activations_in_the_epilogue(config: GemmConfig, activation):

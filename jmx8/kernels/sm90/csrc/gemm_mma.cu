@@ -15,14 +15,15 @@ using KernelFunction = void (*)(Gemm, int);
 
 struct Entry {
   int variant, slots, rows, weight_tiles, threads, shared_bytes;
-  KernelFunction kernel;
+  KernelFunction kernel, plain_kernel;
 };
 
 template <typename S>
 constexpr Entry MakeEntry(int variant) {
   static_assert(S::kFits);
-  return {variant,     S::kSlots,       S::kRows,       S::kWeightTiles,
-          S::kThreads, S::kSharedBytes, mma::GemmMma<S>};
+  return {variant,         S::kSlots,   S::kRows,
+          S::kWeightTiles, S::kThreads, S::kSharedBytes,
+          mma::GemmMma<S, false>, mma::GemmMma<S, true>};
 }
 
 // Variants, as warps, warps that share k, tiles of 16 weight rows of a warp, stages:
@@ -61,8 +62,9 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
     if (!IsAligned(g.w, 16)) {
       return "gemm_mma: the weights must begin at a multiple of 16 bytes";
     }
+    KernelFunction kernel = IsPlain(g) ? entry.plain_kernel : entry.kernel;
     cudaError_t error = cudaFuncSetAttribute(
-        entry.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_bytes);
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_bytes);
     if (error == cudaSuccess) {
       cudaLaunchConfig_t launch = {};
       // To divide by the number of row blocks would delay the first loads.
@@ -75,7 +77,7 @@ const char* LaunchGemmMma(const Gemm& g, const GemmConfig& config,
       cudaLaunchAttribute early = EarlyStart();
       launch.attrs = &early;
       launch.numAttrs = g.starts_early;
-      error = cudaLaunchKernelEx(&launch, entry.kernel, g, static_cast<int>(tiles));
+      error = cudaLaunchKernelEx(&launch, kernel, g, static_cast<int>(tiles));
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "mma_block.cuh"
+#include "plain.cuh"
 #include "widen.cuh"
 
 namespace jmx8::mma {
@@ -278,9 +279,10 @@ struct Warp {
   }
 };
 
-template <typename S>
+template <typename S, bool kPlain>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    GemmMma(const __grid_constant__ Gemm g, int tiles) {
+    GemmMma(const __grid_constant__ Gemm given, int tiles) {
+  const Gemm& g = Known<kPlain>(given);
   extern __shared__ __align__(16) uint8_t shared[];
   Block<S> block;
   if (g.slot_rows) ptx::WaitForKernelBefore();

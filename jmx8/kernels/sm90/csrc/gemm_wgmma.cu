@@ -53,7 +53,10 @@ const char* Launch(const Gemm& g, int split_k, cudaStream_t stream) {
     const char* error = EncodeOut(g, S::kPassRows, S::kSideBoxN, &out_map);
     if (error != nullptr) return error;
   }
-  auto* kernel = wgmma::GemmWgmma<S>;
+  auto* kernel = wgmma::GemmWgmma<S, false>;
+  if constexpr (!S::kGathers && !S::kMixed) {
+    if (IsPlain(g) && a.scales_are_words) kernel = wgmma::GemmWgmma<S, true>;
+  }
   cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);

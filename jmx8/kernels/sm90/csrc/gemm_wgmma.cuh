@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bias.cuh"
+#include "plain.cuh"
 #include "wgmma_consumer.cuh"
 #include "wgmma_partials.cuh"
 #include "wgmma_producer.cuh"
@@ -113,13 +114,28 @@ __device__ __forceinline__ void Store(const Arguments& a, const Place& p,
   __syncwarp();
 }
 
-template <class S>
+// kPlain: with words of scales, too.
+template <bool kPlain>
+__device__ __forceinline__ std::conditional_t<kPlain, Arguments, const Arguments&> Known(
+    const Arguments& given) {
+  if constexpr (kPlain) {
+    Arguments a = given;
+    a.gemm = jmx8::Known<true>(given.gemm);
+    a.scales_are_words = true;
+    return a;
+  } else {
+    return given;
+  }
+}
+
+template <class S, bool kPlain>
 __global__ void __launch_bounds__(S::kThreads, S::kOccupancy)
-    GemmWgmma(const __grid_constant__ Arguments a,
+    GemmWgmma(const __grid_constant__ Arguments given,
               const __grid_constant__ CUtensorMap w_map,
               const __grid_constant__ CUtensorMap x_map,
               const __grid_constant__ CUtensorMap out_map) {
   extern __shared__ uint8_t memory[];
+  const Arguments& a = Known<kPlain>(given);
   const Shared s = DivideShared<S>(ptx::SharedAddress(memory));
   const bool splits = S::kSplits && a.split_k > 1;
   if (threadIdx.x == 0) {
