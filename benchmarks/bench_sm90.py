@@ -313,8 +313,8 @@ def bench_convert(args, roof, peers):
 def bench_chain(args, roof, peers):
     """Calls that each wait for the one before, and of which each is small."""
     length = args.length
-    w = quantized(jax.random.key(0), 64, 64)
-    x = jax.random.normal(jax.random.key(1), (1, 64), jnp.bfloat16)
+    w = quantized(jax.random.key(0), 128, 128)
+    x = jax.random.normal(jax.random.key(1), (1, 128), jnp.bfloat16)
 
     def chain(step):
         def run(x):
@@ -334,7 +334,7 @@ def bench_chain(args, roof, peers):
         events = kernel_times(lambda: jax.block_until_ready(run(x)))  # noqa: B023
         alone = sum(kernel.us for kernel in events) / length
         rows.append([name, f"{us:.2f}", f"{alone:.2f}", f"{us - alone:.2f}"])
-    header = [f"chain of {length} calls, 64 to 64, one row", "µs per call", "alone"]
+    header = [f"chain of {length} calls, 128 to 128, one row", "µs per call", "alone"]
     return markdown_table([*header, "between calls"], rows)
 
 

@@ -161,6 +161,11 @@ class TestConfigs:
             )
             assert first.tile_rows == second.tile_rows
 
+    def test_what_was_measured_is_chosen(self):
+        for entry in configs._table()["dense"]:
+            config = configs.dense_config(entry["m"], entry["n"], entry["k"])
+            assert list(config) == entry["config"]
+
     def test_small_products_have_one_tile(self):
         largest = max(entry["m"] for entry in configs._table()["dense"])
         for m in range(1, min(largest, 64) + 1):

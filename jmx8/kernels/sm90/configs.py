@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -60,7 +60,7 @@ FIRST_CONFIGS = tuple(
 
 def dense_config(m: int, n: int, k: int) -> GemmConfig:
     """Returns the configuration for x `[m, k]` and w `[n, k]`."""
-    entries = _nearest(_table()["dense"], n * k, lambda e: e["n"] * e["k"])
+    entries = _nearest(_table()["dense"], {"n": n, "k": k})
     # A tile for fewer rows would read the weights more than once.
     enough = [entry for entry in entries if entry["m"] >= m]
     best = min(enough, key=_rows) if enough else max(entries, key=_rows)
@@ -83,10 +83,10 @@ def moe_configs(
         h: Hidden size.
         i: Intermediate size.
     """
-    entries = _nearest(_table()["moe"], h * i, lambda e: e["h"] * e["i"])
+    entries = _nearest(_table()["moe"], {"h": h, "i": i})
     # What counts is how full the tiles are.
     rows = max(1, num_rows) / num_experts
-    (best, *_) = _nearest(entries, rows, lambda e: e["rows_per_expert"])
+    (best, *_) = _nearest(entries, {"rows_per_expert": rows})
     return _possible(_pair(best), h, i)
 
 
@@ -142,10 +142,10 @@ def _distinct(items: Any) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
-def _nearest(
-    entries: Sequence[Any], size: int | float, size_of: Callable[[Any], int | float]
-) -> list[Any]:
-    """Returns the entries whose size is nearest as a ratio; all of them have one."""
-    distance = lambda entry: abs(math.log(size_of(entry) / size))
+def _nearest(entries: Sequence[Any], sizes: Mapping[str, int | float]) -> list[Any]:
+    """Returns the entries whose sizes are nearest as ratios."""
+    distance = lambda entry: math.hypot(
+        *(math.log(entry[name] / size) for name, size in sizes.items())
+    )
     least = min(map(distance, entries))
     return [entry for entry in entries if distance(entry) == least]
