@@ -118,12 +118,6 @@ def search(label, candidates, launch, weights, out, exact, allowed=ALLOWED_ERROR
     return found
 
 
-def tile_sizes(rows: float) -> set[int]:
-    """Returns the numbers of tile rows that could suit so many rows."""
-    sizes = {config.tile_rows for config in configs.CONFIGS}
-    return {s for s in sizes if min(rows / 4, 64) <= s <= max(8, 4 * rows)}
-
-
 def tune_dense(k, n, rows):
     count = min(MOST_WEIGHTS, max(4, WEIGHT_BYTES // (n * k)))
     weights = [make_weight(n, k) for _ in range(count)]
@@ -134,7 +128,7 @@ def tune_dense(k, n, rows):
         candidates = [
             c
             for c in configs.CONFIGS
-            if c.tile_rows in tile_sizes(m) and (m <= 256 or c.split_k == 1)
+            if c.tile_rows in configs.tile_sizes(m) and (m <= 256 or c.split_k == 1)
         ]
         found = search(
             f"{k} to {n}, {m} rows",
@@ -247,7 +241,7 @@ def tune_moe(here, experts, h, i, tokens):
     for t in tokens:
         # The local experts are the first ones; the others are no experts here.
         ids = torch.rand(t, experts, device="cuda").topk(TOP_K).indices.int()
-        sizes = sorted(tile_sizes(t * TOP_K / experts) & can_be_first)
+        sizes = sorted(configs.tile_sizes(t * TOP_K / experts) & can_be_first)
         label = f"{here} of {experts} experts, {h} and {i}, {t} tokens"
         x = torch.randn(t, h, device="cuda").bfloat16()
         us, first, second = tune_layer(label, sets, x, ids, sizes)

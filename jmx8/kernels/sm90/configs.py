@@ -90,9 +90,16 @@ def moe_configs(
     return _possible(_pair(best), h, i)
 
 
-def dense_candidates() -> list[GemmConfig]:
-    """Returns the configurations that are the fastest for something."""
-    return _distinct(GemmConfig(*e["config"]) for e in _table()["dense"])
+def tile_sizes(rows: int | float) -> set[int]:
+    """Returns the numbers of tile rows that could suit so many rows."""
+    sizes = {config.tile_rows for config in CONFIGS}
+    return {s for s in sizes if min(rows / 4, 64) <= s <= max(8, 4 * rows)}
+
+
+def dense_candidates(m: int) -> list[GemmConfig]:
+    """Returns those that are the fastest for something, and could be for m rows."""
+    fastest = (GemmConfig(*entry["config"]) for entry in _table()["dense"])
+    return _distinct(c for c in fastest if c.tile_rows in tile_sizes(m))
 
 
 def moe_candidates(h: int, i: int) -> list[tuple[GemmConfig, GemmConfig]]:

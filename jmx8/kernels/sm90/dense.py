@@ -48,7 +48,8 @@ def tactics(
     """
     del operands, options
     default = _default_config(x, w)
-    return ((default, *(c for c in configs.dense_candidates() if c != default)),)
+    others = (c for c in configs.dense_candidates(x.shape[-2]) if c != default)
+    return ((default, *others),)
 
 
 def _default_config(x: Any, w: MXArray) -> GemmConfig:
