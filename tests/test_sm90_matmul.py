@@ -13,6 +13,7 @@ from jmx8 import (
     mx_matmul,
 )
 from jmx8._mx_array import quantize as reference_quantize
+from jmx8.kernels import tactics
 from jmx8.kernels.sm90 import configs, dense
 from jmx8.nn import MXLinear
 
@@ -148,6 +149,17 @@ class TestMatmul:
         ((_, given),) = calls
         used = tuple(given[field] for field in configs.GemmConfig._fields)
         assert (used,) == tuned.tactic
+
+    def test_tuned_configuration_is_for_all_rows_of_the_bucket(
+        self, calls, monkeypatch
+    ):
+        """16 rows may suit tiles that 9 by themselves would not."""
+        few, many = map(configs.dense_candidates, (9, 16))
+        config = next(c for c in many if c not in few)
+        monkeypatch.setattr(tactics, "lookup", lambda key: (tuple(config),))
+        mx_matmul(normal(0, 9, 192), reference_quantize(normal(1, 8, 192)))
+        ((_, given),) = calls
+        assert config == tuple(given[field] for field in config._fields)
 
 
 class TestConfigs:

@@ -55,7 +55,7 @@ def tuned_tactic(call: Call) -> tactics.Tactic | None:
     tactic = tactics.lookup(key)
     if tactic is None:
         return None
-    parts = call.backend.tactics(*call.operands, **call.options)
+    parts = call.backend.tactics(*bucket(call).operands, **call.options)
     if len(tactic) == len(parts) and all(map(operator.contains, parts, tactic)):
         return tactic
     _log.warning(
