@@ -98,8 +98,9 @@ def tile_sizes(rows: int | float) -> set[int]:
 
 def dense_candidates(m: int) -> list[GemmConfig]:
     """Returns those that are the fastest for something, and could be for m rows."""
+    sizes = tile_sizes(m)
     fastest = (GemmConfig(*entry["config"]) for entry in _table()["dense"])
-    return _distinct(c for c in fastest if c.tile_rows in tile_sizes(m))
+    return _distinct(c for c in fastest if c.tile_rows in sizes)
 
 
 def moe_candidates(h: int, i: int) -> list[tuple[GemmConfig, GemmConfig]]:
